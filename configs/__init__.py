@@ -1,0 +1,1 @@
+"""Hydra configurations: one file a command, groups `data` and `experiment`."""

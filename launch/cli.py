@@ -1,0 +1,177 @@
+"""The command line: `brumby COMMAND [key=value ...]`, composed by Hydra from `brumby.configs`."""
+
+import importlib.resources
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def convert(config: DictConfig) -> int:
+    """Turn an attention checkpoint into a power-retention checkpoint."""
+    from brumby.convert import convert
+
+    options = OmegaConf.to_container(config, resolve=True)
+    convert(options.pop("source"), options.pop("out"), **options)
+    return 0
+
+
+def prepare(config: DictConfig) -> int:
+    """Tokenise a run's text into shards."""
+    from brumby.data import DataConfig, prepare
+
+    prepare(DataConfig.from_dict(OmegaConf.to_container(config.data, resolve=True)), config.num_workers)
+    return 0
+
+
+def train(config: DictConfig) -> int:
+    """Retrain in this process, or resume a run in it."""
+    from brumby.launch.runs import create_or_resume
+    from brumby.train.__main__ import run
+
+    return run(create_or_resume(config, num_ranks=1))
+
+
+def launch(config: DictConfig) -> int:
+    """Retrain on several ranks, here or on the hosts of a hostfile."""
+    from brumby.launch.cluster import LaunchConfig, launch
+    from brumby.launch.runs import create_or_resume
+
+    options = {name: config.pop(name) for name in ("hosts", "launcher", "ranks_per_host", "master_port")}
+    cluster = LaunchConfig(**options)
+    return launch(cluster, create_or_resume(config, cluster.num_ranks))
+
+
+def export(config: DictConfig) -> int:
+    """Write a run's checkpoint as a Hugging Face model."""
+    from brumby.convert.export import export
+    from brumby.launch.runs import find_checkpoint
+    from brumby.train.config import load
+
+    run_dir = Path(config.run)
+    start = Path(load(run_dir).model)
+    export(find_checkpoint(run_dir, config.step), start, Path(config.out), config.dtype)
+    return 0
+
+
+def generate(config: DictConfig) -> int:
+    """Stream text from a converted or exported model."""
+    from brumby.launch.generate import generate
+
+    options = OmegaConf.to_container(config, resolve=True)
+    generate(options.pop("model"), options.pop("prompt"), **options)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[DictConfig], int]] = {
+    command.__name__: command for command in (convert, prepare, train, launch, export, generate)
+}
+
+
+@dataclass
+class Arguments:
+    command: str
+    overrides: list[str]
+    config_dir: str | None = None
+    show_config: bool = False
+    show_help: bool = False
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Split `argv` into a command, Hydra overrides and options.
+
+    Raises:
+        ValueError: an unknown command or option.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return Arguments("", [], show_help=True)
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        raise ValueError(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}")
+    arguments = Arguments(command, [])
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            arguments.show_help = True
+        elif word == "--cfg" and rest and rest[0] == "job":
+            rest.pop(0)
+            arguments.show_config = True
+        elif word == "--config-dir" and rest:
+            arguments.config_dir = rest.pop(0)
+        elif word.startswith("-") or "=" not in word:
+            raise ValueError(f"cannot read {word!r}; expected key=value, --cfg job, --config-dir DIR or --help")
+        else:
+            arguments.overrides.append(word)
+    return arguments
+
+
+def compose(command: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """The command's configuration with overrides.
+
+    Raises:
+        ValueError: Hydra cannot compose it.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    try:
+        with initialize_config_module("brumby.configs", version_base="1.3"):
+            return compose(command, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(str(error).strip()) from error
+
+
+def help_text(command: str) -> str:
+    if not command:
+        lines = [f"  {name:<10}{(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
+        return "usage: brumby COMMAND [key=value ...]\n\n" + "\n".join(lines) + "\n\nbrumby COMMAND --help tells more."
+    configs = importlib.resources.files("brumby.configs")
+    text = configs.joinpath(f"{command}.yaml").read_text()
+    if "- train\n" in text:
+        text += "\n" + configs.joinpath("train.yaml").read_text()
+    experiments = sorted(file.name.removesuffix(".yaml") for file in configs.joinpath("experiment").iterdir())
+    return (
+        f"usage: brumby {command} [key=value ...] [--cfg job] [--config-dir DIR]\n\n"
+        f"{(COMMANDS[command].__doc__ or '').strip()}\n\n"
+        "  key=value         set a field below (Hydra's override grammar)\n"
+        "  --cfg job         show the composed configuration and stop\n"
+        "  --config-dir DIR  look for experiments and data blends of your own in DIR too\n\n"
+        f"{text}\nexperiments: {', '.join(experiments)}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 2 bad input (nothing was changed), 130 interrupted."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.show_help:
+            print(help_text(arguments.command))
+            return 0
+        config = compose(arguments.command, arguments.overrides, arguments.config_dir)
+        if arguments.show_config:
+            print(OmegaConf.to_yaml(config), end="")
+            return 0
+        missing = OmegaConf.missing_keys(config) if arguments.command not in ("prepare", "train", "launch") else set()
+        if missing:
+            raise ValueError(f"brumby {arguments.command} needs {', '.join(f'{m}=...' for m in sorted(missing))}")
+        return COMMANDS[arguments.command](config)
+    except (ValueError, FileNotFoundError, FileExistsError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

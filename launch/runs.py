@@ -1,0 +1,81 @@
+"""Run directories: made whole, or taken up again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from brumby.data import Batches
+from brumby.train import config as run_config
+from brumby.train.checkpoint import completed, step_of
+from brumby.train.config import RunConfig
+
+
+def create_or_resume(config: DictConfig, num_ranks: int) -> Path:
+    """The run directory that `config` describes: a new one, or the one that `resume` names.
+
+    Raises:
+        ValueError: the configuration, the model, the data or the number of ranks does not fit, or the
+            run exists already. Nothing was written.
+    """
+    config = config.copy()
+    resume = config.pop("resume")
+    if resume is not None:
+        run_dir = Path(resume)
+        check(run_config.load(run_dir), num_ranks)
+        return run_dir
+    run = run_config.from_omegaconf(config)
+    if run.run_dir.exists():
+        raise ValueError(f"{run.run_dir} exists; go on with `resume={run.run_dir}`, or choose another name")
+    check(run, num_ranks)
+    return create(run)
+
+
+def check(run: RunConfig, num_ranks: int) -> None:
+    """Everything that can be known to be wrong before a GPU is touched."""
+    config_file = Path(run.model) / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"model: {run.model} holds no checkpoint; make one with `brumby convert source=... out={run.model}`")
+    model = json.loads(config_file.read_text())
+    if model.get("model_type") != "brumby":
+        raise ValueError(
+            f"model: {run.model} is a {model.get('model_type')!r} checkpoint; convert it with "
+            f"`brumby convert source={run.model} out=...`"
+        )
+    batches = Batches(run.data)
+    if batches.vocab_size > model["vocab_size"]:
+        raise ValueError(
+            f"data: the tokenizer of {run.data.root} has {batches.vocab_size} words and the model {model['vocab_size']}; "
+            "prepare the data with the model's own tokenizer"
+        )
+    batches.micro_batches(0, 0, num_ranks, run.micro_batch)
+
+
+def create(run: RunConfig) -> Path:
+    """Make the run directory under a temporary name, then give it its own."""
+    unfinished = run.run_dir.with_name(f".{run.run_dir.name}.{os.getpid()}")
+    try:
+        for folder in ("checkpoints", "wandb", "logs"):
+            (unfinished / folder).mkdir(parents=True)
+        run_config.save(run, unfinished / "config.yaml")
+        unfinished.rename(run.run_dir)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return run.run_dir
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The run's checkpoint of `step`, or its newest.
+
+    Raises:
+        ValueError: there is none; the message names those that are there.
+    """
+    found = {step_of(folder): folder for folder in completed(run_dir)}
+    if not found:
+        raise ValueError(f"{run_dir} has no checkpoint yet")
+    if step is not None and step not in found:
+        raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return found[step if step is not None else max(found)]

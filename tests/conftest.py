@@ -1,0 +1,122 @@
+"""Small real things that several folders' tests share: a converted model, token shards, run configurations."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = "a state of constant size keeps what softmax attention would keep of every token it has seen so far".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Brumby checkpoint of 60,000 parameters with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from brumby.model import BrumbyConfig, BrumbyForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BrumbyConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, gate_bias=True,
+        eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    BrumbyForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Prepared shards of three sources and a three-phase schedule of 12 steps, as the `data` part of a run."""
+    from brumby.data import DataConfig, prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    for name in ("wiki", "code", "math"):
+        lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(1, 40)))}) for _ in range(120)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {
+        "root": str(folder / "shards"),
+        "tokenizer": str(tiny_model),
+        "sequence_length": 32,
+        "sequences_per_step": 8,
+        "seed": 1,
+        "sources": {name: {"path": str(folder / f"{name}.jsonl")} for name in ("wiki", "code", "math")},
+        "phases": {
+            "one": {"tokens": 4 * 256, "blend": {"wiki": 0.8, "code": 0.2}},
+            "two": {"tokens": 4 * 256, "blend": {"code": 1.0}},
+            "three": {"tokens": 4 * 256, "blend": {"math": 0.5, "wiki": 0.5}},
+        },
+    }
+    prepare(DataConfig.from_dict(data))
+    return data
+
+
+@pytest.fixture
+def make_run(tiny_model: Path, tiny_data: dict, tmp_path: Path):
+    """Make a run directory; keywords override fields of its configuration."""
+    from brumby.launch import runs
+    from brumby.train import config as run_config
+
+    def make(name: str = "run", **changes) -> Path:
+        values = {
+            "name": name,
+            "runs_dir": str(tmp_path),
+            "model": str(tiny_model),
+            "data": tiny_data,
+            "precision": "fp32",
+            "micro_batch": 2,
+            "zero_stage": 2,
+            "checkpoint_every": 5,
+            "measure_every": 4,
+            "optimizer": {"lr": 1e-2, "gate_lr": 1e-2},
+            "schedule": {"name": "wsd", "warmup_tokens": 512, "decay_tokens": 1024},
+            "wandb": {"mode": "disabled"},
+        }
+        return runs.create(run_config.from_omegaconf(values | changes))
+
+    return make
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess.Popen:
+    """Start the ranks of a run with torchrun, as `brumby launch` does on one machine."""
+    words = ["-m", "torch.distributed.run", "--master-port", str(free_port()), "--nproc-per-node", str(num_ranks)]
+    return subprocess.Popen(
+        [sys.executable, *words, "-m", "brumby.train", str(run_dir)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def train():
+    """Train a run to its end with some ranks; the output, or a failure that shows it."""
+
+    def run(run_dir: Path, num_ranks: int = 1, expected: int = 0, **environment: str) -> str:
+        process = start_ranks(run_dir, num_ranks, **environment)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == expected, output
+        return output
+
+    return run

@@ -1,0 +1,170 @@
+"""Real runs of real ranks: what they write, what they compute, how they are interrupted and resumed."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from brumby.convert.export import export, read_weights
+from brumby.data import Batches
+from brumby.launch.runs import find_checkpoint
+from brumby.model import BrumbyForCausalLM
+from brumby.train.config import load
+from brumby.train.tracking import read_metrics
+from tests.conftest import start_ranks
+
+ROW = {
+    "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds",
+}  # fmt: skip
+
+
+def losses(run_dir) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def weights(run_dir) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in read_weights(find_checkpoint(run_dir)).items()}
+
+
+def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]:
+    """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one."""
+    config = load(run_dir)
+    model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "g_proj" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "g_proj" in n]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    found = []
+    for step in range(steps):
+        (batch,) = Batches(config.data).micro_batches(step, 0, 1, config.data.sequences_per_step)
+        total, count = torch.zeros(()), 0
+        tokens, labels = batch.input_ids.flatten(), batch.labels.flatten()
+        for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
+            logits = model(tokens[None, start:end], use_cache=False).logits[0]
+            total = total + torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="sum")
+            count += int((labels[start:end] != -100).sum())
+        found.append(total.item() / count)
+        if use_exp:
+            continue
+        optimizer.zero_grad()
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen = 256 * (step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(seen / 512, (3072 - seen) / 1024, 1.0)
+        optimizer.step()
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(request, tmp_path_factory, tiny_model, tiny_data):
+    """One finished run on two ranks."""
+
+
+def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
+    run_dir = make_run(zero_stage=0)
+    train(run_dir)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.3
+    base = [row["base_loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+    assert [i for i, loss in enumerate(base) if loss is not None] == [0, 4, 8, 11]
+    expected = plain_losses(run_dir, use_exp=True)
+    assert [base[i] for i in (0, 4, 8, 11)] == pytest.approx([expected[i] for i in (0, 4, 8, 11)], abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_at_every_zero_stage_train_as_one(make_run, train, zero_stage):
+    run_dir = make_run(zero_stage=zero_stage)
+    train(run_dir, num_ranks=2)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(make_run, train, tmp_path):
+    run_dir = make_run()
+    train(run_dir, num_ranks=2)
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["tokens_seen"] for row in rows] == [256 * i for i in range(1, 13)]
+    assert [row["phase"] for row in rows] == ["one"] * 4 + ["two"] * 4 + ["three"] * 4
+    assert all(row.keys() >= ROW for row in rows)
+    assert [row["lr"] for row in rows[:3]] == pytest.approx([5e-3, 1e-2, 1e-2])
+    assert 0 < rows[0]["gates/layer_01/min"] <= rows[0]["gates/layer_01/mean"] <= rows[0]["gates/layer_01/max"] < 1
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["loss_start"] == rows[0]["loss"]
+    assert summary["loss_end"] == rows[-1]["loss"]
+    assert summary["base_loss"] == rows[-1]["base_loss"]
+    assert summary["phases"] == ["one", "two", "three"]
+    assert (summary["steps"], summary["tokens_seen"]) == (12, 3072)
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [f.name for f in sorted((run_dir / "checkpoints").iterdir())] == ["step-000010", "step-000012"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, zero_stage, precision):
+    whole = make_run("whole", zero_stage=zero_stage, precision=precision)
+    train(whole, num_ranks=2)
+    run_dir = make_run("interrupted", zero_stage=zero_stage, precision=precision)
+    process = start_ranks(run_dir, 2)
+    while len(losses(run_dir)) < 6 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    stopped = len(losses(run_dir))
+    assert 6 <= stopped < 12, output
+    assert find_checkpoint(run_dir).name == f"step-{stopped:06d}"
+    train(run_dir, num_ranks=2)
+    assert losses(run_dir) == losses(whole)
+    resumed, expected = weights(run_dir), weights(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, train):
+    whole, run_dir = make_run("whole"), make_run("killed")
+    train(whole, num_ranks=2)
+    process = start_ranks(run_dir, 2)
+    while len(losses(run_dir)) < 7 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()  # torchrun dies without a word; its ranks notice when it is gone
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while len(losses(run_dir)) < 12 and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_resuming_on_other_ranks_or_data_is_refused(make_run, train):
+    run_dir = make_run()
+    train(run_dir, num_ranks=2)
+    assert "resume with 2" in train(run_dir, num_ranks=1, expected=1)
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
+    assert "changed since its checkpoint" in train(run_dir, num_ranks=2, expected=1)
+
+
+@pytest.mark.slow
+def test_divergence_stops_the_run(make_run, train):
+    run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30})
+    assert "DivergenceError" in train(run_dir, expected=1)
+    assert all(loss == loss for loss in losses(run_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_export_holds_the_trained_weights(make_run, train, tmp_path, zero_stage):
+    run_dir = make_run(zero_stage=zero_stage)
+    train(run_dir, num_ranks=2)
+    export(find_checkpoint(run_dir), load(run_dir).model_path, tmp_path / "out", "float32")
+    model = BrumbyForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    trained = weights(run_dir)
+    exported = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(exported[name], trained[name]) for name in exported)
+    (batch,) = Batches(load(run_dir).data).micro_batches(11, 0, 1, 8)
+    assert model(batch.input_ids).logits.isfinite().all()

@@ -1,0 +1,140 @@
+"""What a run is: typed, validated once, and kept as `config.yaml` in the run's directory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from brumby.data import DataConfig
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. `gate_lr` is the peak rate of the new gate projections, `lr` that of all else."""
+
+    lr: float = 3e-4
+    gate_lr: float = 3e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "gate_lr", "eps", "clip_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {self.betas}; expected two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rates as a function of the tokens seen: see `brumby.train.schedule`."""
+
+    name: str = "wsd"
+    warmup_tokens: int = 0
+    decay_tokens: int = 0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("wsd", "cosine"):
+            raise ValueError(f"schedule.name is {self.name!r}; expected 'wsd' or 'cosine'")
+        if self.warmup_tokens < 0 or self.decay_tokens < 0:
+            raise ValueError("schedule.warmup_tokens and schedule.decay_tokens must not be negative")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"schedule.min_ratio is {self.min_ratio}; expected a number in [0, 1]")
+
+
+@dataclass
+class WandbConfig:
+    """`mode`: online, offline, disabled, or auto (online with an API key, else offline)."""
+
+    mode: str = "auto"
+    project: str = "open-brumby"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "online", "offline", "disabled"):
+            raise ValueError(f"wandb.mode is {self.mode!r}; expected auto, online, offline or disabled")
+
+
+@dataclass
+class RunConfig:
+    """One retraining run.
+
+    Args:
+        name: The run's name; its directory is `runs_dir/name`.
+        model: Folder of a converted checkpoint, as `brumby convert` writes it.
+        precision: "bf16" (with float32 master weights, kept by DeepSpeed) or "fp32".
+        micro_batch: Sequences a rank puts through the model at once.
+        zero_stage: 0 to 3, see DeepSpeed's ZeRO.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping it.
+        checkpoint_every: Steps between checkpoints; the last step always has one.
+        keep_checkpoints: How many of the newest stay on disk.
+        measure_every: Steps between measurements of the base's loss and the gates on the step's batch.
+
+    Raises:
+        ValueError: a value out of range, naming the field.
+    """
+
+    name: str
+    model: str
+    data: DataConfig
+    runs_dir: str = "runs"
+    precision: str = "bf16"
+    micro_batch: int = 1
+    zero_stage: int = 2
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    measure_every: int = 10
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}; expected a plain folder name")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'bf16' or 'fp32'")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; expected 0, 1, 2 or 3")
+        for name in ("micro_batch", "checkpoint_every", "keep_checkpoints", "measure_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def from_omegaconf(config) -> RunConfig:
+    """The typed form of a composed configuration.
+
+    Raises:
+        ValueError: an unknown or missing field, a wrong type or a value out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).splitlines()[0]} (at {error.full_key or 'the top'})") from error
+
+
+def save(config: RunConfig, path: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def load(run_dir: Path) -> RunConfig:
+    """The configuration of an existing run.
+
+    Raises:
+        ValueError: the directory is not a run, or its `config.yaml` no longer fits.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is no run: it has no config.yaml. Runs are made by `brumby train` and `brumby launch`")
+    return from_omegaconf(OmegaConf.load(path))

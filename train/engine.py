@@ -1,0 +1,99 @@
+"""From a converted checkpoint to a DeepSpeed engine, and the softmax base beside it."""
+
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from brumby.model import BrumbyForCausalLM
+from brumby.train.config import OptimizerConfig, RunConfig
+from brumby.train.objective import CrossEntropy
+
+
+def setup_distributed() -> torch.device:
+    """Join the process group that the launcher describes, or one of a single process."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> dict:
+    accumulation = config.data.sequences_per_step // (config.micro_batch * world_size)
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": accumulation if train else 1,
+        "gradient_clipping": config.optimizer.clip_grad_norm if train else 0.0,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": {"stage": config.zero_stage if train or config.zero_stage == 3 else 0},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Matrices with weight decay, vectors without, gates without and at their own rate.
+
+    `peak_lr` is the group's learning rate at the top of the schedule.
+    """
+    matrices, vectors, gates = [], [], []
+    for name, parameter in model.named_parameters():
+        if ".g_proj." in name:
+            gates.append(parameter)
+        elif name.endswith(".bias") or "norm." in name:
+            vectors.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
+        {"name": "vectors", "params": vectors, "weight_decay": 0.0, "peak_lr": config.lr},
+        {"name": "gates", "params": gates, "weight_decay": 0.0, "peak_lr": config.gate_lr},
+    ]
+    return [group | {"lr": group["peak_lr"]} for group in groups if group["params"]]
+
+
+def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -> BrumbyForCausalLM:
+    """The converted checkpoint; under ZeRO-3 each rank holds its part from the first byte on."""
+    partitioned = HfDeepSpeedConfig(deepspeed_config(config, world_size, train)) if config.zero_stage == 3 else None
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=use_exp)
+    del partitioned  # transformers consults it, through a weak reference, while it loads
+    return model
+
+
+def build_engine(config: RunConfig, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """The model under training, with AdamW and ZeRO."""
+    world_size = dist.get_world_size()
+    model = load_model(config, world_size, use_exp=False, train=True)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer),
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        fused=device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=CrossEntropy(model.train()), optimizer=optimizer, config=deepspeed_config(config, world_size)
+    )
+    return engine
+
+
+def build_base(config: RunConfig, device: torch.device) -> nn.Module:
+    """The base model, frozen: softmax attention with the carried weights, for the reference line."""
+    world_size = dist.get_world_size()
+    model = load_model(config, world_size, use_exp=True, train=False).eval().requires_grad_(False)
+    objective = CrossEntropy(model)
+    if config.zero_stage != 3:
+        return objective.to(device)
+    engine, *_ = deepspeed.initialize(model=objective, config=deepspeed_config(config, world_size, train=False))
+    return engine.eval()

@@ -1,0 +1,119 @@
+"""Where a run's figures go: `metrics.jsonl` always, and wandb if it can."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from brumby.train.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step, flushed as it is written.
+
+    Args:
+        path: the file; it is made if it is not there.
+        steps: keep the rows of the first `steps` steps and drop what an interrupted run wrote later.
+    """
+
+    def __init__(self, path: Path, steps: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= steps]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.rename(path)
+        self.file = path.open("a")
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Wandb:
+    """A wandb run that outlives resumes and never stops the training.
+
+    Its id is kept in `wandb/run-id` of the run directory. The first failure of any call is logged,
+    and nothing more is sent.
+    """
+
+    def __init__(self, config: RunConfig, extra: dict) -> None:
+        self.run = None
+        mode = config.wandb.mode
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+        if mode != "disabled":
+            self._try(lambda: self._init(config, extra, mode))
+
+    def _init(self, config: RunConfig, extra: dict, mode: str) -> None:
+        import wandb
+
+        folder = config.run_dir / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "run-id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        self.run = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=mode,
+            dir=str(config.run_dir),
+            config=asdict(config) | extra,
+            settings=wandb.Settings(init_timeout=60, silent=True),
+        )
+        self.run.define_metric("tokens_seen")
+        self.run.define_metric("*", step_metric="tokens_seen")
+
+    def log(self, row: dict) -> None:
+        """One step's figures; all are drawn against `tokens_seen`."""
+        if self.run is not None:
+            self._try(lambda: self.run.log(row))
+
+    def log_picture(self, path: Path) -> None:
+        if self.run is not None:
+            self._try(lambda: self._picture(path))
+
+    def _picture(self, path: Path) -> None:
+        import wandb
+
+        self.run.log({"loss_curve": wandb.Image(str(path))})
+
+    def finish(self, summary: dict | None = None, exit_code: int = 0) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.summary.update(summary or {}))
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=exit_code))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            log.warning("wandb failed and is off for the rest of this run (training goes on): %s", error)
+            self.run = None
+
+
+def _netrc_has_key() -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

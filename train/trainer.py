@@ -1,0 +1,252 @@
+"""The training loop. A step: take its batches, sum the loss over them, step, measure, record."""
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from brumby.data import Batch, Batches
+from brumby.train import checkpoint
+from brumby.train.config import RunConfig
+from brumby.train.engine import build_base, build_engine, setup_distributed
+from brumby.train.objective import IGNORE, inputs
+from brumby.train.plot import plot_loss
+from brumby.train.schedule import lr_ratio
+from brumby.train.terminal import Terminal
+from brumby.train.throughput import flops_per_token, peak_flops
+from brumby.train.tracking import MetricsFile, Wandb, read_metrics
+
+log = logging.getLogger(__name__)
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+class Trainer:
+    """One rank of a run. `fit` trains from the newest checkpoint, or from the converted model, to the end.
+
+    Raises:
+        ValueError: the configuration does not fit the data, the model or the number of ranks.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.batches = Batches(config.data)
+        self.total_tokens = self.batches.num_steps * self.batches.tokens_per_step
+        lr_ratio(config.schedule, 0, self.total_tokens)  # fails here, not after the models are loaded
+        self.stop = False
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), self._on_signal)
+
+        self.device = setup_distributed()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.batches.micro_batches(0, self.rank, self.world_size, config.micro_batch)
+        self.engine = build_engine(config, self.device)
+        self.base = build_base(config, self.device)
+        model = self.engine.module.model
+        self.layers = model.model.layers
+        precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.flops_per_token = flops_per_token(model.config, config.data.sequence_length)
+        self.peak_flops = peak_flops(self.device, precision) * self.world_size
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
+
+    def fit(self) -> bool:
+        """Train to the end, or until a signal asks to stop. True if the run is complete.
+
+        Raises:
+            DivergenceError: the loss or the gradient norm is not finite; the last checkpoint is kept.
+        """
+        config = self.config
+        state = checkpoint.load_newest(self.engine, config.run_dir) or {"step": 0, "wall_seconds": 0.0}
+        if state["step"] and state["fingerprint"] != self.batches.fingerprint:
+            raise ValueError(f"the data of {config.run_dir} changed since its checkpoint; a resumed run needs the same shards")
+        first, started = state["step"], time.monotonic() - state["wall_seconds"]
+        recorder = Recorder(config, self.batches, first, self.world_size) if self.rank == 0 else None
+        step, row = first, None
+        try:
+            for step in range(first, self.batches.num_steps):
+                row = self.train_step(step)
+                done = step + 1
+                if recorder is not None:
+                    recorder.record(row)
+                if self.stop_requested or done % config.checkpoint_every == 0 or done == self.batches.num_steps:
+                    state = {
+                        "step": done,
+                        "tokens_seen": row["tokens_seen"],
+                        "world_size": self.world_size,
+                        "fingerprint": self.batches.fingerprint,
+                        "wall_seconds": time.monotonic() - started,
+                    }
+                    checkpoint.save(self.engine, config.run_dir, state, config.keep_checkpoints)
+                if self.stop_requested:
+                    break
+        finally:
+            if recorder is not None:
+                recorder.close(time.monotonic() - started, self.device)
+        return state["step"] == self.batches.num_steps
+
+    def train_step(self, step: int) -> dict:
+        """One optimizer step over the global batch of `step`; its row of metrics."""
+        start = time.perf_counter()
+        config, world = self.config, self.world_size
+        batches = self.batches.micro_batches(step, self.rank, world, config.micro_batch)
+        tokens_seen = step * self.batches.tokens_per_step
+        measure = step % config.measure_every == 0 or step == self.batches.num_steps - 1
+
+        local_valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        num_valid, stop = self.all_reduce([local_valid, float(self.stop)])
+        self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
+        ratio = lr_ratio(config.schedule, tokens_seen + self.batches.tokens_per_step, self.total_tokens)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * ratio
+
+        base_loss = self.base_loss(batches, num_valid) if measure else None
+        gates = GateStatistics(self.layers) if measure else None
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.engine(**inputs(batch, self.device))
+            loss_sum += loss.detach()
+            # DeepSpeed averages over ranks and micro-batches; the loss is a mean over all valid tokens.
+            self.engine.backward(loss / num_valid * world * len(batches))
+            self.engine.step()
+        (loss,) = self.all_reduce([loss_sum.item()])
+        loss /= num_valid
+        grad_norm = float(self.engine.get_global_grad_norm() or math.nan)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergenceError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}")
+
+        seconds = time.perf_counter() - start
+        rate = self.batches.tokens_per_step / seconds
+        row = {
+            "step": step + 1,
+            "tokens_seen": tokens_seen + self.batches.tokens_per_step,
+            "phase": self.batches.phase_of(step)[1],
+            "loss": loss,
+            "base_loss": base_loss,
+            "lr": config.optimizer.lr * ratio,
+            "gate_lr": config.optimizer.gate_lr * ratio,
+            "grad_norm": grad_norm,
+            "valid_tokens": int(num_valid),
+            "skipped_steps": self.engine.skipped_steps,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
+            "step_seconds": seconds,
+            "memory_bytes": memory_bytes(self.device),
+        }
+        return row | (gates.row() if gates is not None else {})
+
+    @torch.no_grad()
+    def base_loss(self, batches: list[Batch], num_valid: float) -> float:
+        """The softmax base's loss on the same batches."""
+        loss = sum(self.base(**inputs(batch, self.device)).item() for batch in batches)
+        return self.all_reduce([loss])[0] / num_valid
+
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        total: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+class GateStatistics:
+    """The mean gate of each layer and head over one micro-batch, by hooks on the gate projections."""
+
+    def __init__(self, layers) -> None:
+        self.means: dict[int, Tensor] = {}
+        self.handles = [
+            layer.self_attn.g_proj.register_forward_hook(
+                lambda _module, _inputs, output, i=i: self.means.__setitem__(
+                    i, output.detach().float().sigmoid().flatten(0, -2).mean(0)
+                )
+            )
+            for i, layer in enumerate(layers)
+        ]
+
+    def row(self) -> dict:
+        """`gates/layer_NN/{min,mean,max}` over the heads, in [0, 1]; the hooks are taken off."""
+        for handle in self.handles:
+            handle.remove()
+        return {
+            f"gates/layer_{i:02d}/{name}": getattr(mean, name)().item()
+            for i, mean in sorted(self.means.items())
+            for name in ("min", "mean", "max")
+        }
+
+
+class Recorder:
+    """Rank 0's side of the run: metrics, wandb, the terminal, the picture and the summary."""
+
+    def __init__(self, config: RunConfig, batches: Batches, first_step: int, world_size: int) -> None:
+        self.config, self.batches = config, batches
+        self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
+        self.wandb = Wandb(config, {"world_size": world_size})
+        self.terminal = Terminal(batches.num_steps).__enter__()
+        for name, epochs in batches.epochs.items():
+            if epochs > 1:
+                log.warning("source %s is repeated: %.1f epochs", name, epochs)
+
+    def record(self, row: dict) -> None:
+        self.metrics.write(row)
+        self.wandb.log(row)
+        self.terminal.update(row)
+
+    def close(self, wall_seconds: float, device: torch.device) -> None:
+        """Draw `loss.png` and write `summary.json` from what was measured so far."""
+        self.terminal.__exit__()
+        run_dir = self.config.run_dir
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        if not rows:
+            return
+        phases = [p.name for p in self.config.data.phases]
+        starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
+        plot_loss(rows, list(zip(phases, starts, strict=True)), run_dir / "loss.png")
+        measured = [row["base_loss"] for row in rows if row["base_loss"] is not None]
+        summary = {
+            "base_loss": measured[-1],
+            "loss_start": rows[0]["loss"],
+            "loss_end": rows[-1]["loss"],
+            "tokens_seen": rows[-1]["tokens_seen"],
+            "steps": rows[-1]["step"],
+            "phases": [p for p in phases if any(row["phase"] == p for row in rows)],
+            "wall_seconds": wall_seconds,
+            "device": device_name(device),
+        }
+        write_json(run_dir / "summary.json", summary)
+        self.wandb.log_picture(run_dir / "loss.png")
+        self.wandb.finish(summary)
+
+
+def write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
