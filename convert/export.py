@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 
 from brumby import kernels, model
+from brumby.convert.files import save
 
 # Files that `trust_remote_code` loads from the model's folder, where they lie side by side.
 CODE = {
@@ -77,9 +77,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     else:  # ZeRO stage 0 keeps the weights whole
         file = checkpoint / "mp_rank_00_model_states.pt"
         weights = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    return {
-        name.removeprefix("model."): tensor for name, tensor in weights.items()
-    }  # the objective's own name
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # the objective's own name
 
 
 def expected_shapes(config: dict) -> dict[str, torch.Size]:
@@ -99,23 +97,19 @@ def write_shards(
     """
     shapes = expected_shapes(config)
     wrong = [
-        name
-        for name, shape in shapes.items()
-        if name not in weights or tuple(weights[name].shape) != tuple(shape)
+        name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != tuple(shape)
     ]
     if wrong:
         raise ValueError(
             f"the checkpoint does not fit the model: {', '.join(wrong[:5])} missing or of another shape"
         )
     item_bytes = torch.finfo(dtype).bits // 8
-    shards = list(
-        plan_shards({name: shape.numel() * item_bytes for name, shape in shapes.items()}, max_bytes)
-    )
-    weight_map = {}
+    shards = list(plan_shards({name: shape.numel() * item_bytes for name, shape in shapes.items()}, max_bytes))
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(track(shards, description="writing shards", transient=True)):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: weights[name].contiguous().to(dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save(tensors, folder / file)
         weight_map |= dict.fromkeys(names, file)
     total = sum(shape.numel() * item_bytes for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -92,9 +92,7 @@ def power_retention(
         ValueError: shapes, dtypes or options that do not fit; the message says what was found and expected.
     """
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-        raise ValueError(
-            f"chunk_size is {chunk_size!r}; expected a positive int, or None for the attention form"
-        )
+        raise ValueError(f"chunk_size is {chunk_size!r}; expected a positive int, or None for the attention form")
     if implementation == "chunk" and chunk_size is None:
         raise ValueError('implementation is "chunk" and chunk_size None; pass chunk_size, 1024 for example')
     device = q.device.type
@@ -108,9 +106,7 @@ def power_retention(
     form = FORMS.get((device, implementation))
     if form is None:
         known = ", ".join(f"{name!r} for {device}" for device, name in FORMS)
-        raise ValueError(
-            f"there is no implementation {implementation!r} for {device} tensors; there are {known}"
-        )
+        raise ValueError(f"there is no implementation {implementation!r} for {device} tensors; there are {known}")
     with torch.autocast(device, enabled=False):
         y, state = form(
             q,
@@ -151,9 +147,7 @@ def power_retention_step(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; one token is [B, heads, head_dim], without T"
-            )
+            raise ValueError(f"{name} has shape {list(x.shape)}; one token is [B, heads, head_dim], without T")
     gates = None if log_g is None else log_g.unsqueeze(1)
     _check_inputs(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), gates, power, state, None)
     if state is None:
@@ -298,9 +292,7 @@ def _tiles(q: Tensor, G: Tensor, bounds: list[int], power: int) -> Iterator[_Til
     for a in range(0, T, BLOCK):
         b = min(a + BLOCK, T)
         rows, cols = slice(a, min(b, last[a])), slice(first[a], a)
-        hidden = (segment[a:b, None] != segment[a:b]).logical_or_(
-            segment.new_ones(b - a, b - a).triu_(1).bool()
-        )
+        hidden = (segment[a:b, None] != segment[a:b]).logical_or_(segment.new_ones(b - a, b - a).triu_(1).bool())
         # On a CPU few enough heads at once for a tile to stay in the cache between its passes
         step = max(1, TILE_ELEMENTS // ((b - a) * R * (b - first[a]))) if q.device.type == "cpu" else N
         for n in range(0, N, step):
@@ -323,9 +315,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, G: Tensor, bounds: list[int], power: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, G: Tensor, bounds: list[int], power: int) -> Tensor:
         """q [N, T, R, K], k [N, T, K], v [N, T, V], G [N, T] float64 -> o [N, T, R, V]; here N = B * H."""
         ctx.save_for_backward(q, k, v, G)
         ctx.bounds, ctx.power = bounds, power
@@ -455,9 +445,7 @@ def _chunked(
         o, states = _scan(pieces, chunks, pasts, power, return_final_state)
         if return_final_state:
             empty = v.new_zeros(B * H, math.comb(k.shape[-1] + power - 1, power), v.shape[-1])
-            s = torch.cat([empty if s is None else s for s in states]).unflatten(
-                0, (-1, H)
-            )  # [N, H, D, V + 1]
+            s = torch.cat([empty if s is None else s for s in states]).unflatten(0, (-1, H))  # [N, H, D, V + 1]
             final = RetentionState(s[..., :-1].contiguous(), s[..., -1].contiguous())
     y = o[..., :-1] / (o[..., -1:] + EPS)  # [B * H, T, R, V]
     return y.to(y_dtype).unflatten(0, (B, H)).transpose(1, 2).flatten(2, 3), final  # [B, T, HQ, V]
@@ -497,9 +485,7 @@ def _check_inputs(
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; expected four dimensions [B, T, heads, head_dim]"
-            )
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected four dimensions [B, T, heads, head_dim]")
         if x.dtype == torch.float16:
             raise ValueError(
                 f"{name} is float16, which overflows once |scale q . k| > 256; use bfloat16 or float32"
@@ -518,13 +504,9 @@ def _check_inputs(
     if v.shape[:2] != (B, T):
         raise ValueError(f"v has shape {list(v.shape)}; expected [B, T, H, V] with B, T = {B}, {T} as in q")
     if H == 0 or HQ % H:
-        raise ValueError(
-            f"{HQ} query heads do not share {H} key-value heads evenly; HQ must be a multiple of H"
-        )
+        raise ValueError(f"{HQ} query heads do not share {H} key-value heads evenly; HQ must be a multiple of H")
     if type(power) is not int or power < 2 or power % 2:
-        raise ValueError(
-            f"power is {power!r}; expected an even int >= 2: odd powers would give negative weights"
-        )
+        raise ValueError(f"power is {power!r}; expected an even int >= 2: odd powers would give negative weights")
     if log_g is not None:
         if log_g.shape != (B, T, H):
             raise ValueError(f"log_g has shape {list(log_g.shape)}; expected [B, T, H] = {[B, T, H]}")
@@ -532,9 +514,7 @@ def _check_inputs(
             raise ValueError(f"log_g is {log_g.dtype}; its sums need float32: pass log_g.float()")
     if cu_seqlens is not None:
         if B != 1:
-            raise ValueError(
-                f"cu_seqlens packs documents into one row, but B is {B}; reshape to B = 1 or drop it"
-            )
+            raise ValueError(f"cu_seqlens packs documents into one row, but B is {B}; reshape to B = 1 or drop it")
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
             raise ValueError(
                 f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; "

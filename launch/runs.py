@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from brumby.data import Batches
+from brumby.data import Batches, check_divisible
 from brumby.train import config as run_config
 from brumby.train.checkpoint import completed, step_of
 from brumby.train.config import RunConfig
@@ -37,20 +37,22 @@ def check(run: RunConfig, num_ranks: int) -> None:
     """Everything that can be known to be wrong before a GPU is touched."""
     config_file = Path(run.model) / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"model: {run.model} holds no checkpoint; make one with `brumby convert source=... out={run.model}`")
+        raise ValueError(
+            f"model: {run.model} holds no checkpoint; make one with `brumby convert source=... out={run.model}`"
+        )
     model = json.loads(config_file.read_text())
     if model.get("model_type") != "brumby":
         raise ValueError(
             f"model: {run.model} is a {model.get('model_type')!r} checkpoint; convert it with "
             f"`brumby convert source={run.model} out=...`"
         )
+    check_divisible(run.data.sequences_per_step, num_ranks, run.micro_batch)
     batches = Batches(run.data)
     if batches.vocab_size > model["vocab_size"]:
         raise ValueError(
-            f"data: the tokenizer of {run.data.root} has {batches.vocab_size} words and the model {model['vocab_size']}; "
-            "prepare the data with the model's own tokenizer"
+            f"data: the tokenizer of {run.data.root} has {batches.vocab_size} words and the model "
+            f"{model['vocab_size']}; prepare the data with the model's own tokenizer"
         )
-    batches.micro_batches(0, 0, num_ranks, run.micro_batch)
 
 
 def create(run: RunConfig) -> Path:

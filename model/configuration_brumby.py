@@ -51,7 +51,7 @@ class BrumbyConfig(Qwen3Config):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.sliding_window is not None:
             raise ValueError("a sliding window has no meaning for power retention; set use_sliding_window=false")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, HQ query heads, H key-value heads, K head_dim, D expanded key.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,11 +93,7 @@ def softmax_attention(
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        documents = [
-            softmax_attention(q[:, i:j], k[:, i:j], v[:, i:j])
-            for i, j in zip(bounds, bounds[1:], strict=False)
-            if j > i
-        ]
+        documents = [softmax_attention(q[:, i:j], k[:, i:j], v[:, i:j]) for i, j in pairwise(bounds) if j > i]
         return torch.cat(documents, dim=1)
     T, S = q.shape[1], k.shape[1]
     allowed = None  # [B, 1, T, S]
@@ -124,12 +122,13 @@ class BrumbyAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         hidden, K = config.hidden_size, config.head_dim
-        HQ, H = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, HQ * K, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, H * K, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, H * K, bias=config.qkv_bias)
+        HQ, H = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        qkv_bias, gate_bias = bool(config.qkv_bias), bool(config.gate_bias)
+        self.q_proj = nn.Linear(hidden, HQ * K, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden, H * K, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden, H * K, bias=qkv_bias)
         self.o_proj = nn.Linear(HQ * K, hidden, bias=config.attention_bias)
-        self.g_proj = nn.Linear(hidden, H, bias=config.gate_bias)
+        self.g_proj = nn.Linear(hidden, H, bias=gate_bias)
         if config.qk_norm:
             self.q_norm = Qwen3RMSNorm(K, eps=config.rms_norm_eps)
             self.k_norm = Qwen3RMSNorm(K, eps=config.rms_norm_eps)
@@ -171,7 +170,7 @@ class BrumbyAttention(nn.Module):
             k = k.masked_fill(~own[..., None, None], 0)
             log_g = log_g.masked_fill(~own[..., None], 0)
         if cache is None:
-            return power_retention(
+            return power_retention(  # type: ignore[return-value]  # a tensor, where no state is asked for
                 q, k, v, log_g, power=self.config.p, chunk_size=self.chunk_size(T), cu_seqlens=cu_seqlens
             )
         layer = cache.layers[self.layer_idx]
@@ -211,6 +210,7 @@ class BrumbyDecoderLayer(GradientCheckpointingLayer):
 
 
 class BrumbyPreTrainedModel(PreTrainedModel):
+    config: BrumbyConfig
     config_class = BrumbyConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -283,7 +283,9 @@ class BrumbyModel(BrumbyPreTrainedModel):
             attention_mask = None
         if cu_seqlens is not None:
             if attention_mask is not None or cache is not None:
-                raise ValueError("cu_seqlens describes packed training rows; it goes with neither cache nor padding")
+                raise ValueError(
+                    "cu_seqlens describes packed training rows; it goes with neither cache nor padding"
+                )
             x = x.view(1, B * T, -1)
             rotation = tuple(r.expand(B, -1, -1).reshape(1, B * T, -1) for r in rotation)
 
@@ -298,7 +300,7 @@ class BrumbyModel(BrumbyPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) or None,
-            **{CACHE_FIELD: cache if use_cache else None},
+            **{CACHE_FIELD: cache if use_cache else None},  # type: ignore[arg-type]
         )
 
 
@@ -315,8 +317,8 @@ class BrumbyForCausalLM(BrumbyPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` would make a DynamicCache
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if model_kwargs.get(CACHE_FIELD) is None:
             if generation_config.use_cache is False:
                 # transformers reads our `prefill_chunk_size` as its own option, which needs a cache
@@ -334,7 +336,7 @@ class BrumbyForCausalLM(BrumbyPreTrainedModel, GenerationMixin):
         """Logits [B, T, vocabulary], or of the last `logits_to_keep` tokens, and the loss if `labels` are given.
 
         Args:
-            labels: [B, T], aligned with `input_ids` and shifted here, as everywhere in transformers; -100 is ignored.
+            labels: [B, T], aligned with `input_ids` and shifted here, as always in transformers; -100 is ignored.
             kwargs: see `BrumbyModel.forward`.
         """
         outputs = self.model(input_ids=input_ids, **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"})

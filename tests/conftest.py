@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = "a state of constant size keeps what softmax attention would keep of every token it has seen so far".split()
+TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +100,14 @@ def free_port() -> int:
 
 def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess.Popen:
     """Start the ranks of a run with torchrun, as `brumby launch` does on one machine."""
-    words = ["-m", "torch.distributed.run", "--master-port", str(free_port()), "--nproc-per-node", str(num_ranks)]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--master-port",
+        str(free_port()),
+        "--nproc-per-node",
+        str(num_ranks),
+    ]
     return subprocess.Popen(
         [sys.executable, *words, "-m", "brumby.train", str(run_dir)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,

@@ -37,6 +37,8 @@ def save(engine: deepspeed.DeepSpeedEngine, run_dir: Path, state: dict, keep: in
     if dist.get_rank() == 0:
         (folder / unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (folder / unfinished).rename(folder / name)
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed adds its converter; `brumby export` is ours
+            script.unlink()
         for old in completed(run_dir)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()

@@ -121,7 +121,9 @@ def from_omegaconf(config) -> RunConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).splitlines()[0]} (at {error.full_key or 'the top'})") from error
+        raise ValueError(
+            f"configuration: {str(error).splitlines()[0]} (at {error.full_key or 'the top'})"
+        ) from error
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -136,5 +138,7 @@ def load(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{run_dir} is no run: it has no config.yaml. Runs are made by `brumby train` and `brumby launch`")
+        raise ValueError(
+            f"{run_dir} is no run: it has no config.yaml. Runs are made by `brumby train` and `brumby launch`"
+        )
     return from_omegaconf(OmegaConf.load(path))

@@ -30,7 +30,9 @@ class CrossEntropy(nn.Module):
         if hidden.is_cuda:  # logits of 8192 tokens x 152k words would take 5 GB in float32
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-            loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
+            loss = LigerFusedLinearCrossEntropyLoss(
+                ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32
+            )
             return loss(self.model.lm_head.weight, hidden, labels).float()
         return F.cross_entropy(self.model.lm_head(hidden).float(), labels, ignore_index=IGNORE, reduction="sum")
 

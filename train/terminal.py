@@ -1,29 +1,49 @@
-"""A run on the terminal: one live line where it can be redrawn, one line a step where it cannot."""
+"""A run on the terminal: a line a step, which stays in one place where the terminal can redraw it."""
 
 import datetime
+import re
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+STEP_LINE = re.compile(r"step (\d+)/(\d+)  phase .*")
+FIELD = re.compile(r"(\S+) (\S+)(?:  |$)")
 
-class Terminal:
-    """Shows the newest row of `metrics.jsonl`.
+
+def step_line(row: dict, num_steps: int, base_loss: float | None) -> str:
+    """A row of `metrics.jsonl` as `name value` pairs, two spaces between them.
 
     Args:
-        num_steps: the run's length, for the time that is left.
-        start: steps done before, when a run is resumed.
+        base_loss: the last one measured, in nats.
+    """
+    left = datetime.timedelta(seconds=round((num_steps - row["step"]) * row["step_seconds"]))
+    fields = {
+        "step": f"{row['step']}/{num_steps}",
+        "phase": row["phase"],
+        "loss": f"{row['loss']:.3f}",
+        "base": "-" if base_loss is None else f"{base_loss:.3f}",
+        "tokens": f"{row['tokens_seen']:,}",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "MFU": f"{row['mfu']:.1%}",
+        "left": str(left).replace(" ", ""),
+    }
+    return "  ".join(f"{name} {value}" for name, value in fields.items())
+
+
+class LiveLog:
+    """Passes lines on to the terminal. On a real one, a step's line replaces the one before it.
+
+    The trainer writes to it, and so does the launcher with what comes from rank 0.
     """
 
-    def __init__(self, num_steps: int, console: Console | None = None) -> None:
-        self.num_steps = num_steps
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self.base_loss: float | None = None
-        self.live: Live | None = None
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
-    def __enter__(self) -> "Terminal":
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False)
+    def __enter__(self) -> "LiveLog":
+        if self.live is not None:
             self.live.start()
         return self
 
@@ -31,24 +51,16 @@ class Terminal:
         if self.live is not None:
             self.live.stop()
 
-    def update(self, row: dict) -> None:
-        self.base_loss = row.get("base_loss") or self.base_loss
-        eta = datetime.timedelta(seconds=round((self.num_steps - row["step"]) * row["step_seconds"]))
-        cells = {
-            "step": f"{row['step']}/{self.num_steps}",
-            "phase": str(row["phase"]),
-            "loss": f"{row['loss']:.3f}",
-            "base": "-" if self.base_loss is None else f"{self.base_loss:.3f}",
-            "tokens": f"{row['tokens_seen']:,}",
-            "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            "MFU": f"{row['mfu']:.1%}",
-            "left": str(eta),
-        }
-        if self.live is None:
-            self.console.print("  ".join(f"{name} {value}" for name, value in cells.items()))
+    def write(self, line: str) -> None:
+        found = STEP_LINE.search(line) if self.live is not None else None
+        if found is None or self.live is None:
+            self.console.print(line.rstrip("\n"), markup=False)
             return
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in cells:
+        fields = FIELD.findall(found.group())
+        for name, _ in fields:
             table.add_column(name, justify="right")
-        table.add_row(*cells.values())
+        table.add_column()
+        bar = ProgressBar(total=int(found.group(2)), completed=int(found.group(1)), width=20)
+        table.add_row(*(value for _, value in fields), bar)
         self.live.update(table, refresh=True)

@@ -26,7 +26,7 @@ def flops_per_token(config: BrumbyConfig, sequence_length: int) -> float:
     form inside a chunk). The backward costs twice the forward (arXiv 2001.08361, section 2.1).
     """
     c = config
-    HQ, H, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    HQ, H, K = c.num_attention_heads, c.num_key_value_heads or c.num_attention_heads, c.head_dim
     projections = c.hidden_size * (2 * HQ * K + 2 * H * K + H)
     weights = c.num_hidden_layers * (projections + 3 * c.hidden_size * c.intermediate_size)
     weights += c.vocab_size * c.hidden_size

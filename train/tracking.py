@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from brumby.train.config import RunConfig
 
@@ -53,7 +55,7 @@ class Wandb:
     """
 
     def __init__(self, config: RunConfig, extra: dict) -> None:
-        self.run = None
+        self.run: Any = None
         mode = config.wandb.mode
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
@@ -67,14 +69,14 @@ class Wandb:
         folder.mkdir(exist_ok=True)
         id_file = folder / "run-id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,
             name=config.name,
             id=id_file.read_text().strip(),
             resume="allow",
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             dir=str(config.run_dir),
             config=asdict(config) | extra,
             settings=wandb.Settings(init_timeout=60, silent=True),

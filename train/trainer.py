@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brumby.data import Batch, Batches
+from brumby.data import Batch, Batches, check_divisible
 from brumby.train import checkpoint
 from brumby.train.config import RunConfig
 from brumby.train.engine import build_base, build_engine, setup_distributed
 from brumby.train.objective import IGNORE, inputs
 from brumby.train.plot import plot_loss
 from brumby.train.schedule import lr_ratio
-from brumby.train.terminal import Terminal
+from brumby.train.terminal import LiveLog, step_line
 from brumby.train.throughput import flops_per_token, peak_flops
 from brumby.train.tracking import MetricsFile, Wandb, read_metrics
 
@@ -48,7 +48,7 @@ class Trainer:
 
         self.device = setup_distributed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.batches.micro_batches(0, self.rank, self.world_size, config.micro_batch)
+        check_divisible(config.data.sequences_per_step, self.world_size, config.micro_batch)
         self.engine = build_engine(config, self.device)
         self.base = build_base(config, self.device)
         model = self.engine.module.model
@@ -72,7 +72,9 @@ class Trainer:
         config = self.config
         state = checkpoint.load_newest(self.engine, config.run_dir) or {"step": 0, "wall_seconds": 0.0}
         if state["step"] and state["fingerprint"] != self.batches.fingerprint:
-            raise ValueError(f"the data of {config.run_dir} changed since its checkpoint; a resumed run needs the same shards")
+            raise ValueError(
+                f"the data of {config.run_dir} changed since its checkpoint; a resumed run needs the same shards"
+            )
         first, started = state["step"], time.monotonic() - state["wall_seconds"]
         recorder = Recorder(config, self.batches, first, self.world_size) if self.rank == 0 else None
         step, row = first, None
@@ -121,10 +123,11 @@ class Trainer:
             loss_sum += loss.detach()
             # DeepSpeed averages over ranks and micro-batches; the loss is a mean over all valid tokens.
             self.engine.backward(loss / num_valid * world * len(batches))
+            norm = plain_grad_norm(self.engine) if batch is batches[-1] else None
             self.engine.step()
         (loss,) = self.all_reduce([loss_sum.item()])
         loss /= num_valid
-        grad_norm = float(self.engine.get_global_grad_norm() or math.nan)
+        grad_norm = float(norm or self.engine.get_global_grad_norm() or 0.0)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergenceError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}")
 
@@ -193,7 +196,8 @@ class Recorder:
         self.config, self.batches = config, batches
         self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
         self.wandb = Wandb(config, {"world_size": world_size})
-        self.terminal = Terminal(batches.num_steps).__enter__()
+        self.terminal = LiveLog().__enter__()
+        self.last_base_loss: float | None = None
         for name, epochs in batches.epochs.items():
             if epochs > 1:
                 log.warning("source %s is repeated: %.1f epochs", name, epochs)
@@ -201,7 +205,8 @@ class Recorder:
     def record(self, row: dict) -> None:
         self.metrics.write(row)
         self.wandb.log(row)
-        self.terminal.update(row)
+        self.last_base_loss = row["base_loss"] or self.last_base_loss
+        self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
 
     def close(self, wall_seconds: float, device: torch.device) -> None:
         """Draw `loss.png` and write `summary.json` from what was measured so far."""
@@ -210,7 +215,7 @@ class Recorder:
         rows = read_metrics(run_dir / "metrics.jsonl")
         if not rows:
             return
-        phases = [p.name for p in self.config.data.phases]
+        phases = list(self.config.data.phases)
         starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
         plot_loss(rows, list(zip(phases, starts, strict=True)), run_dir / "loss.png")
         measured = [row["base_loss"] for row in rows if row["base_loss"] is not None]
@@ -227,6 +232,13 @@ class Recorder:
         write_json(run_dir / "summary.json", summary)
         self.wandb.log_picture(run_dir / "loss.png")
         self.wandb.finish(summary)
+
+
+def plain_grad_norm(engine) -> Tensor | None:
+    """The gradient's norm where DeepSpeed has no optimizer of its own that keeps it: stage 0 in float32."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def write_json(path: Path, value: dict) -> None:

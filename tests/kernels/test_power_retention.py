@@ -11,9 +11,10 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from brumby.kernels import RetentionState, power_retention, power_retention_step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from brumby.kernels import RetentionState, power_retention, power_retention_step
 
 module = sys.modules[power_retention.__module__]  # `brumby.kernels.power_retention` names the function
 
@@ -55,9 +56,7 @@ def make(
 
     def direction(*shape: int) -> Tensor:
         entries = 0.1 + torch.rand(*shape, generator=random, dtype=torch.float64)
-        return (
-            entries * randn(*shape[:-1], 1).sign() * torch.tensor([1.0, -1.0]).repeat(shape[-1])[: shape[-1]]
-        )
+        return entries * randn(*shape[:-1], 1).sign() * torch.tensor([1.0, -1.0]).repeat(shape[-1])[: shape[-1]]
 
     inputs = [direction(B, T, H * R, K), direction(B, T, H, K), randn(B, T, H, V)]
     if gates == "weak":
@@ -451,9 +450,7 @@ def test_file_stands_alone(tmp_path):
         name.split(".")[0]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        )
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
     assert roots - sys.stdlib_module_names == {"torch"}
     path = tmp_path / "power_retention.py"

@@ -9,8 +9,8 @@ from brumby.model import BrumbyCache, BrumbyConfig, BrumbyForCausalLM
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None,
-    "bos_token_id": None,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0,
+    "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
 
 
@@ -166,7 +166,10 @@ def test_right_padding_leaves_the_state_as_it_is():
     model = make().double()
     x, mask = ids(1, 10), torch.ones(1, 10)
     mask[:, 7:] = 0
-    padded, plain = (cache_of(model(x, attention_mask=mask, use_cache=True)), cache_of(model(x[:, :7], use_cache=True)))
+    padded, plain = (
+        cache_of(model(x, attention_mask=mask, use_cache=True)),
+        cache_of(model(x[:, :7], use_cache=True)),
+    )
     for a, b in zip(padded.layers, plain.layers, strict=True):
         assert all(torch.allclose(s, t, atol=1e-12) for s, t in zip(a.state, b.state, strict=True))
 
@@ -190,7 +193,11 @@ def test_packed_documents_do_not_see_each_other():
     with torch.no_grad():
         apart = torch.cat([model(d).logits for d in documents], dim=1)
         together = model(packed, position_ids=positions, cu_seqlens=bounds).logits
-        rows = model(packed.view(2, 9), position_ids=positions.view(2, 9), cu_seqlens=torch.tensor([0, 5, 6, 9, 15, 18]))
+        rows = model(
+            packed.view(2, 9),
+            position_ids=positions.view(2, 9),
+            cu_seqlens=torch.tensor([0, 5, 6, 9, 15, 18]),
+        )
     assert (together - apart).abs().max() < 1e-9
     assert (rows.logits.view(1, 18, -1)[:, :6] - apart[:, :6]).abs().max() < 1e-9
 

@@ -1,8 +1,11 @@
 """Real runs of real ranks: what they write, what they compute, how they are interrupted and resumed."""
 
 import json
+import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,14 @@ from brumby.convert.export import export, read_weights
 from brumby.data import Batches
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
+from brumby.train.checkpoint import completed
 from brumby.train.config import load
 from brumby.train.tracking import read_metrics
 from tests.conftest import start_ranks
 
 ROW = {
-    "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds",
+    "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu",
+    "step_seconds",
 }  # fmt: skip
 
 
@@ -59,11 +64,6 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]
     return found
 
 
-@pytest.fixture(scope="module")
-def reference(request, tmp_path_factory, tiny_model, tiny_data):
-    """One finished run on two ranks."""
-
-
 def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
     run_dir = make_run(zero_stage=0)
     train(run_dir)
@@ -101,7 +101,7 @@ def test_what_a_run_leaves_behind(make_run, train, tmp_path):
     assert summary["phases"] == ["one", "two", "three"]
     assert (summary["steps"], summary["tokens_seen"]) == (12, 3072)
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [f.name for f in sorted((run_dir / "checkpoints").iterdir())] == ["step-000010", "step-000012"]
+    assert [folder.name for folder in completed(run_dir)] == ["step-000010", "step-000012"]
 
 
 @pytest.mark.slow
@@ -115,7 +115,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, zero_stage, pre
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0, output
     stopped = len(losses(run_dir))
     assert 6 <= stopped < 12, output
     assert find_checkpoint(run_dir).name == f"step-{stopped:06d}"
@@ -127,16 +126,18 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, zero_stage, pre
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, train):
-    whole, run_dir = make_run("whole"), make_run("killed")
-    train(whole, num_ranks=2)
-    process = start_ranks(run_dir, 2)
+    """What it had done after that checkpoint is done again; no row of metrics stands twice."""
+    run_dir = make_run()
+    process = start_ranks(run_dir, 1)
     while len(losses(run_dir)) < 7 and process.poll() is None:
         time.sleep(0.02)
-    process.kill()  # torchrun dies without a word; its ranks notice when it is gone
+    for rank in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(rank), signal.SIGKILL)
     process.communicate(timeout=120)
-    deadline = time.monotonic() + 60
-    while len(losses(run_dir)) < 12 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    assert find_checkpoint(run_dir).name == "step-000005"
+    train(run_dir)
+    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13))
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
 
 
 @pytest.mark.slow
@@ -161,7 +162,7 @@ def test_divergence_stops_the_run(make_run, train):
 def test_export_holds_the_trained_weights(make_run, train, tmp_path, zero_stage):
     run_dir = make_run(zero_stage=zero_stage)
     train(run_dir, num_ranks=2)
-    export(find_checkpoint(run_dir), load(run_dir).model_path, tmp_path / "out", "float32")
+    export(find_checkpoint(run_dir), Path(load(run_dir).model), tmp_path / "out", "float32")
     model = BrumbyForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     trained = weights(run_dir)
     exported = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")

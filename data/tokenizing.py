@@ -1,0 +1,197 @@
+"""Text to token ids, on as many processes as asked for, in the order of the text."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+BATCH_CHARACTERS = 1 << 20  # text handed to a process at a time
+BATCH_ROWS = 1024
+UINT16_VOCAB = 1 << 16
+
+Encoded = tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]
+
+
+@dataclass
+class TokenizerSpec:
+    """A fast tokenizer in the form that worker processes take.
+
+    `vocab_size` is one above the highest id, so that it bounds the ids of added tokens as well.
+    """
+
+    name: str
+    json: str
+    eos_token_id: int
+    vocab_size: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.vocab_size <= UINT16_VOCAB else "uint32"
+
+
+def load_tokenizer(name: str) -> TokenizerSpec:
+    """Load a folder's or Hub id's tokenizer.
+
+    Raises:
+        ValueError: not found, not a fast tokenizer, or without an EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"cannot load tokenizer {name!r} ({type(error).__name__}: {error}); "
+            "expected a folder with tokenizer.json or a Hub id"
+        ) from error
+    return spec_of(tokenizer, name)
+
+
+def spec_of(tokenizer: Any, name: str) -> TokenizerSpec:
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name!r} is not a fast one; convert it to a tokenizer.json first")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {name!r} has no EOS token, which ends every document; "
+            "set `eos_token` in its tokenizer_config.json"
+        )
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    return TokenizerSpec(name, _serialise(tokenizer.backend_tokenizer), int(tokenizer.eos_token_id), vocab_size)
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """What a manifest records of a (fast, `transformers`) tokenizer, to compare a model's with the data's."""
+    return hashlib.sha256(_serialise(tokenizer.backend_tokenizer).encode()).hexdigest()
+
+
+def _serialise(backend: Tokenizer) -> str:
+    values = json.loads(backend.to_str())
+    values["truncation"] = values["padding"] = None  # settings of a call, no part of the vocabulary
+    return json.dumps(values, sort_keys=True, ensure_ascii=False)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], eos_token_id: int, dtype: str) -> Encoded:
+    """Tokenise texts, each ended by EOS.
+
+    No other special token is added, and text that spells one ("<|endoftext|>") is taken as text, so
+    that EOS stands at the ends of documents only.
+
+    Returns:
+        tokens: [sum of lengths] of `dtype`.
+        lengths: int64 [len(texts)]; 0 for a text without tokens, which gets no EOS either.
+    """
+    encodings = tokenizer.encode_batch_fast(
+        ["" if text.isspace() else text for text in texts], add_special_tokens=False
+    )
+    ids = [encoding.ids for encoding in encodings]
+    lengths = np.array([len(document) + 1 if document else 0 for document in ids], dtype=np.int64)
+    tokens = np.empty(int(lengths.sum()), dtype=np.dtype(dtype).newbyteorder("<"))
+    end = 0
+    for document in ids:
+        if document:
+            start, end = end, end + len(document) + 1
+            tokens[start : end - 1] = document
+            tokens[end - 1] = eos_token_id
+    return tokens, lengths
+
+
+class Encoder:
+    """Tokenises a stream of texts on `num_workers` processes; with 1, in this one.
+
+    Use as a context manager. What it yields does not depend on `num_workers`.
+    """
+
+    def __init__(self, spec: TokenizerSpec, num_workers: int) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}; expected at least 1")
+        self._num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+        if num_workers == 1:
+            _start(spec)
+        else:
+            context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
+            self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (spec,))
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, texts: Iterable[str]) -> Iterator[Encoded]:
+        """Yield `encode`'s result for one batch of texts after the other."""
+        if self._pool is None:
+            for batch in _batched(texts):
+                yield _encode(batch)
+            return
+        waiting: deque[Future[Encoded]] = deque()  # bounded: the reader may be faster than the processes
+        try:
+            for batch in _batched(texts):
+                waiting.append(self._pool.submit(_encode, batch))
+                if len(waiting) > 3 * self._num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+_worker: tuple[Tokenizer, int, str] | None = None  # of this process
+
+
+def _start(spec: TokenizerSpec) -> None:
+    global _worker
+    tokenizer = Tokenizer.from_str(spec.json)
+    tokenizer.encode_special_tokens = True
+    _worker = tokenizer, spec.eos_token_id, spec.dtype
+
+
+def _start_worker(spec: TokenizerSpec) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _start(spec)
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot tell its workers, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> Encoded:
+    assert _worker is not None
+    tokenizer, eos_token_id, dtype = _worker
+    return encode(tokenizer, texts, eos_token_id, dtype)

@@ -1,0 +1,271 @@
+"""Start a run's ranks: on this machine, on the hosts of a hostfile, or in a Slurm allocation.
+
+    torchrun   this machine      torchrun
+    pdsh       a hostfile        deepspeed --launcher pdsh, over ssh
+    openmpi    a hostfile        deepspeed --launcher openmpi, over mpirun
+    slurm      the allocation    srun torchrun, one on each node
+
+DeepSpeed has a Slurm launcher too, but it starts a module as if it were a script and tells the ranks nothing
+of each other. Each rank runs `python -m brumby.train RUN_DIR` and finds RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT in its environment. Working directory, interpreter and run directory have the same
+path on every host.
+
+DeepSpeed writes the variables it exports into command lines, which anyone on a host can read. So secrets are
+kept from it: `WANDB_API_KEY` stays on this machine, and hosts read `~/.netrc` (`wandb login`) instead.
+"""
+
+import functools
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import which
+
+from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ssh
+from brumby.launch.supervise import supervise
+
+PROGRAMS: dict[str, dict[str, str]] = {
+    "torchrun": {},
+    "pdsh": {"pdsh": "apt-get install pdsh", "ssh": "apt-get install openssh-client"},
+    "openmpi": {"mpirun": "apt-get install openmpi-bin", "ssh": "apt-get install openssh-client"},
+    "slurm": {"srun": "it comes with Slurm"},
+}
+# What hosts get of this environment; the rest is for `LaunchConfig.env` to say.
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "UCX_", "OMP_", "HF_", "TORCH_", "TRITON_", "PYTHON"),
+    *("DS_ACCELERATOR", "WANDB_MODE"),
+)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|^MLFLOW", re.IGNORECASE)  # MLflow's URI: a password
+PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # what DeepSpeed passes on unquoted, less %: pdsh expands it
+QUOTED = re.compile(r"[\w@+=:,./^*; -]*", re.ASCII)  # what also survives the double quotes around the rest
+
+
+@dataclass
+class LaunchConfig:
+    """Where the ranks run. Complete once constructed: "auto" and None have been replaced.
+
+    Args:
+        hosts: A DeepSpeed hostfile; None is this machine, or the Slurm allocation.
+        launcher: "torchrun", "pdsh", "openmpi", "slurm", or "auto": pdsh with `hosts`, else slurm inside an
+            allocation, else torchrun.
+        ranks_per_host: None is the hostfile's slots, else the number of CUDA devices here, else 1.
+        master_port: Where rank 0 gathers the others; None is a port that is free here.
+        env: Variables for the ranks, beyond those passed on from this environment.
+        module: What each rank runs; its argument is the run directory.
+
+    Raises:
+        ValueError: a value out of range, a contradiction, a bad hostfile, or a missing program.
+    """
+
+    hosts: str | None = None
+    launcher: str = "auto"
+    ranks_per_host: int | None = None
+    master_port: int | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    module: str = "brumby.train"
+    slots: dict[str, int] = field(init=False)  # host -> number of ranks
+
+    def __post_init__(self) -> None:
+        in_allocation = "SLURM_JOB_ID" in os.environ
+        if self.launcher == "auto":
+            self.launcher = "pdsh" if self.hosts else "slurm" if in_allocation else "torchrun"
+        if self.launcher not in PROGRAMS:
+            raise ValueError(f"launcher is {self.launcher!r}; expected auto, {', '.join(PROGRAMS)}")
+        if self.ranks_per_host is not None and self.ranks_per_host < 1:
+            raise ValueError(f"ranks_per_host is {self.ranks_per_host}; it must be at least 1")
+        if self.master_port is not None and not 1024 <= self.master_port <= 65535:
+            raise ValueError(f"master_port is {self.master_port}; expected a port from 1024 to 65535")
+        if self.multi_host and not self.hosts:
+            raise ValueError(f"launcher={self.launcher} needs hosts=HOSTFILE with lines like 'host slots=8'")
+        if self.hosts and not self.multi_host:
+            raise ValueError(f"launcher={self.launcher} takes no hosts; omit them, or take pdsh or openmpi")
+        if self.launcher == "slurm" and not in_allocation:
+            raise ValueError("launcher=slurm works inside an allocation; start this from sbatch or salloc")
+        for program, remedy in PROGRAMS[self.launcher].items():
+            if which(program) is None:
+                raise ValueError(f"launcher={self.launcher}: there is no {program} on the PATH ({remedy})")
+        self.slots = self._slots()
+        if self.master_port is None and self.launcher != "torchrun":  # torchrun finds one itself
+            self.master_port = _free_port()
+
+    def _slots(self) -> dict[str, int]:
+        if self.hosts:
+            slots = parse_hostfile(self.hosts)
+            return dict.fromkeys(slots, self.ranks_per_host) if self.ranks_per_host else slots
+        in_slurm = self.launcher == "slurm"
+        hosts = expand_nodelist(os.environ["SLURM_JOB_NODELIST"]) if in_slurm else ["localhost"]
+        return dict.fromkeys(hosts, self.ranks_per_host or _num_devices())
+
+    @property
+    def multi_host(self) -> bool:
+        """Whether DeepSpeed's launcher takes the ranks to the hosts."""
+        return self.launcher in ("pdsh", "openmpi")
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(self.slots.values())
+
+
+def launch(config: LaunchConfig, run_dir: Path) -> int:
+    """Run every rank of `run_dir` and wait: output on the terminal and in `logs/launch.log`.
+
+    On one machine and under Slurm that is a host's first rank; the others write to files below `logs/`.
+    Ctrl-C, SIGTERM and SIGHUP reach rank 0 as one SIGTERM, on which all ranks save a checkpoint and stop.
+
+    Returns:
+        0, the launcher's exit code, or 130 if interrupted.
+
+    Raises:
+        ValueError: something is missing here or on a host. Nothing was started.
+    """
+    run_dir = run_dir.absolute()
+    argv, env = command(config, run_dir)
+    preflight(config, run_dir)
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    for old in logs.glob("*.pid"):
+        old.unlink()
+    if config.multi_host:
+        if "WANDB_API_KEY" in os.environ:
+            print("WANDB_API_KEY is not sent to the hosts; they read ~/.netrc, which `wandb login` writes")
+        hostfile = (f"{host} slots={slots}\n" for host, slots in config.slots.items())
+        (logs / "hostfile").write_text("".join(hostfile))
+        variables = (f"{name}={value}\n" for name, value in exports(config).items())
+        (logs / "launch.env").write_text("".join(variables))
+    interrupt = functools.partial(_interrupt, config, logs)
+    return supervise(argv, env, logs / "launch.log", interrupt, functools.partial(_end, config, logs))
+
+
+def preflight(config: LaunchConfig, run_dir: Path | None = None) -> None:
+    """See that the hosts can run it; without `run_dir`, that they could run anything.
+
+    Raises:
+        ValueError: with a line for each host that cannot.
+    """
+    if config.multi_host:
+        check_hosts(list(config.slots), run_dir)
+
+
+def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts the ranks of `run_dir` (absolute), and the environment to start it in.
+
+    Raises:
+        ValueError: a path or variable that a shell on a host would change, or a secret in `config.env`.
+    """
+    if config.multi_host:
+        return _deepspeed(config, run_dir)
+    head, ranks = next(iter(config.slots.items()))
+    num_hosts = len(config.slots)
+    argv = [sys.executable, "-m", "torch.distributed.run"]
+    argv += [f"--nnodes={num_hosts}", f"--nproc-per-node={ranks}"]
+    if config.launcher == "slurm":
+        tasks = [f"--nodes={num_hosts}", f"--ntasks={num_hosts}", "--ntasks-per-node=1"]
+        argv = ["srun", *tasks, "--kill-on-bad-exit=1", *argv, "--rdzv-backend=c10d"]
+        argv += [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={head}:{config.master_port}"]
+    elif config.master_port is None:
+        argv += ["--standalone"]
+    else:
+        argv += ["--master-addr=127.0.0.1", f"--master-port={config.master_port}"]
+    if ranks > 1:  # a host's first rank speaks, the others write to files
+        silent = ",".join(f"{rank}:3" for rank in range(1, ranks))
+        argv += [f"--log-dir={run_dir / 'logs'}", f"--redirects={silent}"]
+    argv += ["-m", *_rank(config, run_dir)]
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ, **config.env}
+    if config.launcher == "slurm":
+        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # srun signals torchrun; ranks need time to save
+    return argv, env | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def exports(config: LaunchConfig) -> dict[str, str]:
+    """The variables that hosts get through DeepSpeed.
+
+    Raises:
+        ValueError: a secret in `config.env`, or a value that a shell on a host would change.
+    """
+    for name in config.env:
+        if SECRET.search(name):
+            raise ValueError(f"env: {name} would be in command lines on every host; keep it in a file there")
+    ambient = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and not SECRET.search(k)}
+    variables = {"PYTHONPATH": "", **ambient, **config.env, "PYTHONSAFEPATH": "1"}
+    allowed = QUOTED if config.launcher == "pdsh" else PLAIN
+    for name, value in variables.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError(f"env: {name!r} is no name for a variable")
+        if not allowed.fullmatch(value):
+            raise ValueError(
+                f"{config.launcher} cannot carry {name}={value} to a host unchanged; unset or change it"
+            )
+    if config.launcher == "openmpi":
+        return variables | {"MASTER_ADDR": next(iter(config.slots)), "MASTER_PORT": str(config.master_port)}
+    return variables
+
+
+def _deepspeed(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, str]]:
+    for path in (str(run_dir), os.getcwd(), sys.executable):
+        if not PLAIN.fullmatch(path):
+            raise ValueError(
+                f"{path} is read by a shell on every host; rename it to letters, digits and @+=:,./-_"
+            )
+    exports(config)
+    logs = run_dir / "logs"
+    argv = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={logs / 'hostfile'}"]
+    argv += [f"--launcher={config.launcher}", "--force_multi", "--no_ssh_check", "--no_local_rank"]
+    argv += [f"--master_addr={next(iter(config.slots))}", f"--master_port={config.master_port}"]
+    if config.launcher == "openmpi":
+        argv += ["--launcher_args=--bind-to none"]  # mpirun would tie each rank to one core
+    argv += ["--module", *_rank(config, run_dir)]
+    env = {k: v for k, v in os.environ.items() if not SECRET.search(k)}
+    return argv, env | {"DS_ENV_FILE": str(logs / "launch.env"), "PYTHONSAFEPATH": "1"}
+
+
+def _rank(config: LaunchConfig, run_dir: Path) -> list[str]:
+    return ["brumby.launch.rank", config.module, str(run_dir)]
+
+
+def _interrupt(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> bool:
+    """Send SIGTERM to rank 0; False while there is none. The ranks decide together: one signal is enough."""
+    if config.launcher == "slurm":  # srun hands it to torchrun, which hands it to every rank
+        os.killpg(launcher.pid, signal.SIGTERM)
+        return True
+    argv = ssh(next(iter(config.slots))) if config.multi_host else ["sh", "-c"]
+    return _quietly([*argv, _kill(logs / "rank-0.pid")])
+
+
+def _end(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> None:
+    """End all ranks through the processes that started them, which kill a rank that does not end within 30 s.
+
+    Under pdsh they run on the hosts and are ended by id. DeepSpeed itself would call `pkill -f` there, with a
+    pattern that fits every other run as well, so the signal is kept from it.
+    """
+    if config.launcher == "pdsh":
+        pid_file = logs / "host-%n.pid"  # pdsh replaces %n by the host's index
+        _quietly(["pdsh", "-R", "ssh", "-f", "1024", "-w", ",".join(config.slots), _kill(pid_file)])
+    else:
+        os.killpg(launcher.pid, signal.SIGTERM)
+
+
+def _kill(pid_file: Path) -> str:
+    quoted = shlex.quote(str(pid_file))
+    return f"test -s {quoted} && kill -TERM $(cat {quoted})"
+
+
+def _quietly(argv: list[str]) -> bool:
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+
+def _num_devices() -> int:
+    import torch  # late: it takes seconds, and a hostfile makes it needless
+
+    return max(1, torch.cuda.device_count())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,114 @@
+"""Run a launcher to its end: its output on the terminal and in a log, its processes ended with it."""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from brumby.train.terminal import LiveLog
+
+INTERRUPTED = 130
+END_SECONDS = 60  # DeepSpeed and torchrun give a rank 30 s to end before they kill it
+FAILED_HOST = re.compile(r"pdsh@\S+: \S+: ssh exited with exit code \d+")
+
+
+def supervise(
+    argv: list[str],
+    env: dict[str, str],
+    log: Path,
+    interrupt: Callable[[subprocess.Popen], bool],
+    end: Callable[[subprocess.Popen], None],
+) -> int:
+    """Run `argv` and return its exit code, or 130 after Ctrl-C, SIGTERM or SIGHUP.
+
+    The launcher gets a session of its own, so that signals reach it only from here. The first signal asks the
+    ranks to save and stop; a second one ends them. When pdsh reports that a host has failed, the others are
+    ended too: they would wait for it in a collective.
+
+    Args:
+        argv: The launcher's command line.
+        env: Its whole environment.
+        log: File that its output is appended to.
+        interrupt: Asks the ranks to stop; False if they could not be asked yet.
+        end: Ends ranks that do not stop by themselves.
+    """
+    host_failed = threading.Event()
+    interrupted = False
+    with log.open("a") as copy, LiveLog() as terminal, _signals_interrupt():
+        process = subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        tee = threading.Thread(target=_tee, args=(process.stdout, copy, terminal, host_failed), daemon=True)
+        tee.start()
+        try:
+            try:
+                _wait(process, host_failed)
+            except KeyboardInterrupt:
+                interrupted = True
+                print("interrupted: the ranks save and stop; interrupt again to end them", file=sys.stderr)
+                with contextlib.suppress(KeyboardInterrupt):
+                    while process.poll() is None and not interrupt(process):
+                        time.sleep(1)
+                    _wait(process, host_failed)
+                    _wait(process, timeout=END_SECONDS / 2)  # the other hosts stop a little later
+            if process.poll() is None:
+                end(process)
+                _wait(process, timeout=END_SECONDS)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            tee.join(timeout=5)
+    if interrupted:
+        return INTERRUPTED
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return code or int(host_failed.is_set())
+
+
+def _wait(
+    process: subprocess.Popen, host_failed: threading.Event | None = None, timeout: float = math.inf
+) -> None:
+    """Wait until the process ends, a host fails, or `timeout` seconds have passed."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        if host_failed is not None and host_failed.is_set():
+            return
+        time.sleep(0.2)
+
+
+def _tee(lines: IO[str], copy: IO[str], terminal: LiveLog, host_failed: threading.Event) -> None:
+    for line in lines:
+        copy.write(line)
+        copy.flush()
+        terminal.write(line)
+        if FAILED_HOST.match(line):
+            host_failed.set()
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, unless they are ignored (nohup)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,316 @@
+"""Text to shards: what is written, that it does not depend on how, and what is refused."""
+
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from brumby.data import DataConfig, TokenSource, prepare, tokenizer_sha256
+
+EOS = "<|endoftext|>"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents, without the date in the manifest."""
+    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
+    manifest = json.loads(contents["manifest.json"])
+    del manifest["created"]
+    return contents | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def documents(source: TokenSource) -> list[list[int]]:
+    tokens, starts = source.window(0, len(source))
+    return [list(map(int, part)) for part in np.split(tokens, starts[1:])]
+
+
+def test_round_trip(make_config, texts, tokenizer):
+    written = texts(50, seed=1)
+    written.insert(7, "a document that says <|endoftext|> itself")
+    config = make_config({"wiki": ["", *written[:20], " \n ", *written[20:], "  "]})
+    prepare(config, shard_tokens=500)
+    source = TokenSource(Path(config.root) / "wiki")
+    reference = AutoTokenizer.from_pretrained(tokenizer)
+    found = documents(source)
+    assert [reference.decode(d[:-1]) for d in found] == written
+    assert all(d[-1] == reference.eos_token_id for d in found)
+    assert all(reference.eos_token_id not in d[:-1] for d in found)
+    plain = [d for d, text in zip(found, written, strict=True) if EOS not in text]
+    expected = [reference(text, add_special_tokens=False).input_ids for text in written if EOS not in text]
+    assert [d[:-1] for d in plain] == expected
+
+    manifest = source.manifest
+    assert manifest.dtype == "uint16"
+    assert manifest.num_documents == 51
+    assert manifest.num_tokens == sum(map(len, found)) == len(source)
+    assert manifest.tokenizer_sha256 == tokenizer_sha256(reference)
+    assert manifest.vocab_size == len(reference)
+    assert len(manifest.shards) > 2
+    for shard in manifest.shards:
+        assert shard.num_tokens >= 500 or shard is manifest.shards[-1]
+        binary = (source.folder / f"{shard.name}.bin").read_bytes()
+        assert hashlib.sha256(binary).hexdigest() == shard.sha256
+        assert len(binary) == 2 * shard.num_tokens
+
+
+def test_the_number_of_workers_changes_no_byte(make_config, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("brumby.data.tokenizing.BATCH_ROWS", 16)
+    config = make_config({"wiki": texts(300, seed=2), "code": texts(100, seed=3)})
+    contents = []
+    for num_workers in (1, 2):
+        config.root = str(tmp_path / f"tokens{num_workers}")
+        prepare(config, num_workers, shard_tokens=1000)
+        contents.append([files(Path(config.root) / name) for name in ("wiki", "code")])
+    assert contents[0] == contents[1]
+
+
+def test_every_format_gives_the_same_tokens(make_config, texts, tmp_path, jsonl):
+    written = texts(40, seed=4)
+    lines = jsonl(tmp_path / "plain.jsonl", written, column="body")
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "README.md").write_text("Not data.")
+    for name, part in (("1.parquet", written[:13]), ("deep/2.parquet", written[13:])):
+        table = pyarrow.table({"n": range(len(part)), "body": part})
+        pyarrow.parquet.write_table(table, tmp_path / "folder" / name, row_group_size=5)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / ".hidden").write_text("Not data.")
+    for i, text in enumerate(written):
+        (tmp_path / "texts" / f"{i:03d}.md").write_text(text)
+    sources = {
+        "plain": {"path": str(lines), "text_column": "body"},
+        "zipped": {"path": str(tmp_path / "zipped.jsonl.gz"), "text_column": "body"},
+        "parquet": {"path": str(tmp_path / "folder"), "text_column": "body"},
+        "glob": {"path": str(tmp_path / "texts" / "*.md")},
+        "folder": {"path": str(tmp_path / "texts")},
+    }
+    config = make_config(sources=sources)
+    prepare(config)
+    found = [documents(TokenSource(Path(config.root) / name)) for name in sources]
+    assert len(found[0]) == 40
+    assert all(other == found[0] for other in found)
+
+
+def test_other_columns_may_differ_between_rows_and_files(make_config, tmp_path):
+    folder = tmp_path / "ragged"
+    folder.mkdir()
+    rows = [{"text": "a\u2028b", "n": 1}, {"n": "x", "text": "c"}, {"text": "d", "more": {"x": [1]}}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "0.jsonl").write_text("\n".join(lines[:2]) + "\n\n")
+    (folder / "1.json").write_text(lines[2])
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for i, row in enumerate(rows):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tables / f"{i}.parquet")
+    config = make_config(sources={"json": {"path": str(folder)}, "parquet": {"path": str(tables)}})
+    prepare(config)
+    found = [TokenSource(Path(config.root) / name).manifest for name in config.sources]
+    assert found[0].num_documents == 3
+    assert found[0].fingerprint == found[1].fingerprint
+
+
+def test_limits(make_config, texts, tmp_path):
+    config = make_config({"wiki": ["", *texts(60, seed=5)]})
+    path = config.sources["wiki"].path
+    sources = {
+        "all": {"path": path},
+        "documents": {"path": path, "max_documents": 17},
+        "tokens": {"path": path, "max_tokens": 321},
+    }
+    config = make_config(sources=sources)
+    prepare(config, shard_tokens=200)
+    everything = documents(TokenSource(Path(config.root) / "all"))
+    assert documents(TokenSource(Path(config.root) / "documents")) == everything[:17]
+    lengths = np.cumsum([len(d) for d in everything])
+    enough = int(np.argmax(lengths >= 321)) + 1
+    assert documents(TokenSource(Path(config.root) / "tokens")) == everything[:enough]
+
+
+def test_large_vocabularies_take_uint32(make_config, tmp_path):
+    words = {f"w{i}": i for i in range(70_000)} | {EOS: 70_000}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(tmp_path / "large")
+    config = make_config({"wiki": ["w1 w69999", "w65536"]}, tokenizer=str(tmp_path / "large"))
+    prepare(config)
+    source = TokenSource(Path(config.root) / "wiki")
+    assert source.manifest.dtype == "uint32"
+    assert documents(source) == [[1, 69_999, 70_000], [65_536, 70_000]]
+    assert (source.folder / "shard-00000.bin").stat().st_size == 5 * 4
+
+
+def test_finished_is_skipped_and_changed_refused(make_config, texts, tmp_path, jsonl, tokenizer):
+    config = make_config({"wiki": texts(20, seed=6)})
+    prepare(config)
+    before = (Path(config.root) / "wiki" / "manifest.json").stat()
+    console = Console(record=True, width=200)
+    prepare(config, console=console)
+    assert "wiki: " in console.export_text()
+    assert (Path(config.root) / "wiki" / "manifest.json").stat() == before
+
+    config.sources["wiki"].max_documents = 3
+    with pytest.raises(ValueError, match=r"source 'wiki': .* max_documents was None, now 3. Remove it"):
+        prepare(config)
+    config.sources["wiki"].max_documents = None
+    copy = AutoTokenizer.from_pretrained(tokenizer)
+    copy.add_tokens(["retention "])
+    copy.save_pretrained(tmp_path / "other")
+    config.tokenizer = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"tokenizer_sha256 was .*, now .*other"):
+        prepare(config)
+    config.tokenizer = tokenizer
+    jsonl(tmp_path / "text" / "wiki.jsonl", texts(21, seed=6))
+    with pytest.raises(ValueError, match=r"files changed \(wiki.jsonl\)"):
+        prepare(config)
+
+
+PREPARE = """
+import json, sys
+from brumby.data import DataConfig, prepare
+if __name__ == "__main__":
+    prepare(DataConfig.from_dict(json.loads(sys.argv[1])), num_workers=2, shard_tokens=200)
+"""
+
+
+def start(config: DataConfig, root: Path, **options) -> subprocess.Popen:
+    """Prepare into `root` in a process of its own, with two workers and tiny shards."""
+    script = root.with_suffix(".py")
+    script.write_text(PREPARE)
+    values = dataclasses.asdict(config) | {"root": str(root)}
+    return subprocess.Popen([sys.executable, str(script), json.dumps(values)], **options)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_work_goes_on_and_ends_the_same(make_config, texts, tmp_path):
+    config = make_config({"wiki": texts(600, seed=7)})
+    process = start(config, tmp_path / "killed")
+    partial = tmp_path / "killed" / ".wiki.partial"
+    wait_for(partial / "shard-00005.bin", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert partial.exists()
+    assert not (tmp_path / "killed" / "wiki").exists()
+    deadline = time.monotonic() + 20
+    while any(map(running, children)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+    done = json.loads((partial / "manifest.json").read_text())["num_tokens"]
+    console = Console(record=True, width=200)
+    prepare(dataclasses.replace(config, root=str(tmp_path / "killed")), shard_tokens=200, console=console)
+    assert f"wiki: going on after {done:,} tokens" in console.export_text()
+    prepare(config, shard_tokens=200)
+    assert files(tmp_path / "killed" / "wiki") == files(Path(config.root) / "wiki")
+    assert not partial.exists()
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_damaged_partial_work_starts_again(make_config, texts, tmp_path):
+    config = make_config({"wiki": texts(50, seed=8)})
+    prepare(config, shard_tokens=300)
+    finished = Path(config.root) / "wiki"
+    expected = files(finished)
+    partial = Path(config.root) / ".wiki.partial"
+    finished.rename(partial)
+    os.truncate(partial / "shard-00001.bin", 10)
+    prepare(config, shard_tokens=300)
+    assert files(finished) == expected
+
+
+def test_two_at_once_are_refused(make_config, texts):
+    config = make_config({"wiki": texts(5, seed=9)})
+    partial = Path(config.root) / ".wiki.partial"
+    partial.mkdir(parents=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="source 'wiki': another process is preparing it"):
+        prepare(config)
+    os.close(descriptor)
+    prepare(config)
+
+
+def test_what_cannot_be_read_is_named(make_config, texts, tmp_path, jsonl):
+    def expect(message: str, **source):
+        with pytest.raises(ValueError, match="(?s)source 'wiki': .*" + message):
+            prepare(make_config(sources={"wiki": source}))
+
+    good = str(jsonl(tmp_path / "good.jsonl", texts(5, seed=10)))
+    expect("matches no file", path=str(tmp_path / "none.jsonl"))
+    expect("has no column 'body' in row 0; it has id, text", path=good, text_column="body")
+    expect(
+        "row 1 of .* has null in column 'text'; expected text",
+        path=str(jsonl(tmp_path / "null.jsonl", ["a", None])),
+    )
+    expect("row 0 of .* has a int in column 'id'", path=good, text_column="id")
+    expect("no documents in .*: 2 rows, none with text", path=str(jsonl(tmp_path / "empty.jsonl", ["", " "])))
+    (tmp_path / "void.jsonl").write_text("")
+    expect("no documents in .*: 0 rows", path=str(tmp_path / "void.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    expect("expected a JSON object in each line, found '{\"text\": '", path=str(tmp_path / "broken.jsonl"))
+    (tmp_path / "list.json").write_text('["a", "b"]')
+    expect("expected a JSON object in each line", path=str(tmp_path / "list.json"))
+    (tmp_path / "latin.txt").write_bytes("état".encode("latin-1"))
+    expect("latin.txt", path=str(tmp_path / "latin.txt"))
+
+    table = pyarrow.table({"text": texts(3000, seed=11)})
+    parquet = tmp_path / "broken.parquet"
+    pyarrow.parquet.write_table(table, parquet)
+    expect("has no column 'body' in row 0; it has text", path=str(parquet), text_column="body")
+    content = bytearray(parquet.read_bytes())
+    content[200:20_000] = bytes(19_800)
+    parquet.write_bytes(content)
+    expect("broken.parquet", path=str(parquet))
+    os.truncate(parquet, 5_000)
+    expect("broken.parquet is no readable parquet file", path=str(parquet))
+    jsonl(tmp_path / "mixed" / "a.jsonl", ["a"])
+    (tmp_path / "mixed" / "b.parquet").write_bytes(b"")
+    expect("matches both parquet and JSON", path=str(tmp_path / "mixed"))
+    assert not (tmp_path / "tokens" / "wiki").exists()
+
+
+def test_tokenizers_that_do_not_serve(make_config, texts, tmp_path, tokenizer):
+    config = make_config({"wiki": texts(5, seed=12)}, tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot load tokenizer"):
+        prepare(config)
+    backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "no_eos")
+    config.tokenizer = str(tmp_path / "no_eos")
+    with pytest.raises(ValueError, match="has no EOS token"):
+        prepare(config)
+
+
+@pytest.mark.slow
+def test_an_interrupt_shows_one_traceback_and_no_worker_s(make_config, texts, tmp_path):
+    config = make_config({"wiki": texts(1000, seed=13)})
+    process = start(config, tmp_path / "interrupted", stderr=subprocess.PIPE, start_new_session=True)
+    wait_for(tmp_path / "interrupted" / ".wiki.partial" / "shard-00003.bin", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.decode().count("Traceback") == 1
