@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def step_of(folder: Path) -> int:
@@ -19,7 +22,7 @@ def completed(run_dir: Path) -> list[Path]:
     return sorted((f for f in folders if re.fullmatch(r"step-\d+", f.name)), key=step_of)
 
 
-def save(engine: deepspeed.DeepSpeedEngine, run_dir: Path, state: dict, keep: int) -> None:
+def save(engine: "DeepSpeedEngine", run_dir: Path, state: dict, keep: int) -> None:
     """Write a checkpoint beside the others, then give it its name; drop all but the newest `keep`.
 
     All ranks call this; `run_dir` must be one file system for all of them.
@@ -44,7 +47,7 @@ def save(engine: deepspeed.DeepSpeedEngine, run_dir: Path, state: dict, keep: in
     dist.barrier()
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, run_dir: Path) -> dict | None:
+def load_newest(engine: "DeepSpeedEngine", run_dir: Path) -> dict | None:
     """Load the newest checkpoint into `engine`; its state, or None if the run has no checkpoint yet.
 
     Raises:
