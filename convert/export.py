@@ -1,6 +1,9 @@
 """A training checkpoint becomes a Hugging Face model that needs no package of ours to load."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,12 +71,12 @@ def export(
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Names and float32 tensors, lazily read where ZeRO keeps them in parts."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     if any(checkpoint.glob("*_optim_states.pt")):
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-        )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
     else:  # ZeRO stage 0 keeps the weights whole
         file = checkpoint / "mp_rank_00_model_states.pt"
         weights = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]

@@ -31,7 +31,7 @@ EXERCISES = (
 )  # fmt: skip
 PROMPT = "The sun is a star at the center of"
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import brumby.model  # noqa: F401  (registers the architecture)
 
@@ -30,6 +31,7 @@ def generate(
     """
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"model: {model} holds no checkpoint (no config.json)")
+    disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model)
     # A CPU without bf16 units is faster in float32.

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from brumby.train.config import RunConfig
 
 log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 60
 
 
 class MetricsFile:
@@ -79,7 +82,7 @@ class Wandb:
             mode=mode,  # type: ignore[arg-type]
             dir=str(config.run_dir),
             config=asdict(config) | extra,
-            settings=wandb.Settings(init_timeout=60, silent=True),
+            settings=wandb.Settings(silent=True),
         )
         self.run.define_metric("tokens_seen")
         self.run.define_metric("*", step_metric="tokens_seen")
@@ -98,11 +101,16 @@ class Wandb:
 
         self.run.log({"loss_curve": wandb.Image(str(path))})
 
-    def finish(self, summary: dict | None = None, exit_code: int = 0) -> None:
+    def finish(self, summary: dict) -> None:
         if self.run is not None:
-            self._try(lambda: self.run.summary.update(summary or {}))
+            self._try(lambda: self.run.summary.update(summary))
         if self.run is not None:
-            self._try(lambda: self.run.finish(exit_code=exit_code))
+            # With its server gone, wandb would try for hours to send the rest; `wandb sync` can do that later.
+            thread = threading.Thread(target=lambda: self._try(self.run.finish), daemon=True)
+            thread.start()
+            thread.join(FINISH_SECONDS)
+            if thread.is_alive():
+                log.warning("wandb did not take all within %d s; `wandb sync` sends the rest", FINISH_SECONDS)
 
     def _try(self, call: Callable[[], None]) -> None:
         try:

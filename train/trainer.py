@@ -93,6 +93,8 @@ class Trainer:
                         "wall_seconds": time.monotonic() - started,
                     }
                     checkpoint.save(self.engine, config.run_dir, state, config.keep_checkpoints)
+                    if recorder is not None:
+                        recorder.draw()
                 if self.stop_requested:
                     break
         finally:
@@ -109,8 +111,7 @@ class Trainer:
         measure = step % config.measure_every == 0 or step == self.batches.num_steps - 1
 
         local_valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        num_valid, stop = self.all_reduce([local_valid, float(self.stop)])
-        self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
+        (num_valid,) = self.all_reduce([local_valid])
         ratio = lr_ratio(config.schedule, tokens_seen + self.batches.tokens_per_step, self.total_tokens)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * ratio
@@ -125,7 +126,8 @@ class Trainer:
             self.engine.backward(loss / num_valid * world * len(batches))
             norm = plain_grad_norm(self.engine) if batch is batches[-1] else None
             self.engine.step()
-        (loss,) = self.all_reduce([loss_sum.item()])
+        loss, stop = self.all_reduce([loss_sum.item(), float(self.stop)])
+        self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
         loss /= num_valid
         grad_norm = float(norm or self.engine.get_global_grad_norm() or 0.0)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -137,6 +139,7 @@ class Trainer:
             "step": step + 1,
             "tokens_seen": tokens_seen + self.batches.tokens_per_step,
             "phase": self.batches.phase_of(step)[1],
+            "phase_index": self.batches.phase_of(step)[0],
             "loss": loss,
             "base_loss": base_loss,
             "lr": config.optimizer.lr * ratio,
@@ -197,7 +200,8 @@ class Recorder:
         self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
         self.wandb = Wandb(config, {"world_size": world_size})
         self.terminal = LiveLog().__enter__()
-        self.last_base_loss: float | None = None
+        measured = [r["base_loss"] for r in read_metrics(config.run_dir / "metrics.jsonl") if r["base_loss"]]
+        self.last_base_loss: float | None = measured[-1] if measured else None
         for name, epochs in batches.epochs.items():
             if epochs > 1:
                 log.warning("source %s is repeated: %.1f epochs", name, epochs)
@@ -208,29 +212,32 @@ class Recorder:
         self.last_base_loss = row["base_loss"] or self.last_base_loss
         self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
 
-    def close(self, wall_seconds: float, device: torch.device) -> None:
-        """Draw `loss.png` and write `summary.json` from what was measured so far."""
-        self.terminal.__exit__()
+    def draw(self) -> list[dict]:
+        """Draw `loss.png` from the rows so far; returns them."""
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
+        starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
+        plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
+        self.wandb.log_picture(run_dir / "loss.png")
+        return rows
+
+    def close(self, wall_seconds: float, device: torch.device) -> None:
+        """Write `summary.json` from what was measured so far."""
+        self.terminal.__exit__()
+        rows = self.draw()
         if not rows:
             return
-        phases = list(self.config.data.phases)
-        starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
-        plot_loss(rows, list(zip(phases, starts, strict=True)), run_dir / "loss.png")
-        measured = [row["base_loss"] for row in rows if row["base_loss"] is not None]
         summary = {
-            "base_loss": measured[-1],
+            "base_loss": [row["base_loss"] for row in rows if row["base_loss"] is not None][-1],
             "loss_start": rows[0]["loss"],
             "loss_end": rows[-1]["loss"],
             "tokens_seen": rows[-1]["tokens_seen"],
             "steps": rows[-1]["step"],
-            "phases": [p for p in phases if any(row["phase"] == p for row in rows)],
+            "phases": list(dict.fromkeys(row["phase"] for row in rows)),
             "wall_seconds": wall_seconds,
             "device": device_name(device),
         }
-        write_json(run_dir / "summary.json", summary)
-        self.wandb.log_picture(run_dir / "loss.png")
+        write_json(self.config.run_dir / "summary.json", summary)
         self.wandb.finish(summary)
 
 

@@ -1,0 +1,155 @@
+"""The command line as its user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import brumby.configs
+from brumby.data import DataConfig, phase_starts
+from brumby.launch import cli
+from brumby.train import config as run_config
+from brumby.train.schedule import lr_ratio
+
+EXPERIMENTS = sorted(f.stem for f in (Path(brumby.configs.__file__).parent / "experiment").glob("*.yaml"))
+
+
+def brumby_command(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "brumby.launch.cli", *words], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("command", ["train", "launch", "prepare"])
+def test_every_experiment_composes_and_validates(experiment, command):
+    composed = cli.compose(command, [f"experiment={experiment}"])
+    for name in ("hosts", "launcher", "ranks_per_host", "master_port", "env", "num_workers", "resume"):
+        composed.pop(name, None)
+    run = run_config.from_omegaconf(composed)
+    assert DataConfig.from_dict(cli.plain(composed.data)) == run.data
+    total = phase_starts(run.data)[-1] * run.data.tokens_per_step
+    assert lr_ratio(run.schedule, run.schedule.warmup_tokens, total) == 1.0
+    assert lr_ratio(run.schedule, total, total) == pytest.approx(run.schedule.min_ratio)
+
+
+def test_the_published_run_is_the_published_run():
+    run = run_config.from_omegaconf(without_resume(cli.compose("train", ["experiment=brumby_14b"])))
+    assert phase_starts(run.data) == [0, 1000, 2100, 3000]
+    assert (run.data.sequences_per_step, run.data.sequence_length) == (736, 8192)
+    assert run.data.sequences_per_step % (32 * run.micro_batch) == 0
+
+
+def test_the_papers_switches_are_an_option():
+    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano_60_90"])
+    run = run_config.from_omegaconf(without_resume(composed))
+    assert phase_starts(run.data) == [0, 1800, 2700, 3000]
+
+
+def without_resume(composed):
+    composed.pop("resume")
+    return composed
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_shows_every_field_with_its_comment(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    names = [n for n in cli.compose(command, []) if n not in ("data", "experiment")]
+    assert all(f"{name}:" in text for name in names)
+    assert "#" in text
+
+
+def test_cfg_job_shows_the_resolved_configuration(capsys):
+    assert cli.main(["train", "experiment=demo", "optimizer.lr=0.5", "--cfg", "job"]) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert (shown.name, shown.optimizer.lr, shown.data.sequence_length) == ("demo", 0.5, 256)
+
+
+def test_an_experiment_of_ones_own(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nmodel: m\n")
+    assert cli.main(["train", "experiment=mine", "--config-dir", str(tmp_path), "--cfg", "job"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["conjure"], "there is no command 'conjure'; the commands are convert, prepare, train"),
+        (["train", "--fast"], "cannot read '--fast'"),
+        (["train", "experiment=nothing"], "nothing"),
+        (["train", "optimiser.lr=1"], "optimiser"),
+        (["train"], "name"),
+        (["train", "experiment=demo", "optimizer.lr=fast"], "optimizer.lr"),
+        (["train", "experiment=demo", "optimizer.lr=-1"], "optimizer.lr is -1"),
+        (["train", "experiment=demo", "zero_stage=4"], "zero_stage is 4"),
+        (["train", "experiment=demo", "model=/nowhere"], "make one with `brumby convert"),
+        (["train", "resume=/nowhere"], "is no run"),
+        (["convert"], "brumby convert needs out=..., source=..."),
+        (["convert", "source=/nowhere", "out=x"], "/nowhere"),
+        (["export", "run=/nowhere", "out=x"], "is no run"),
+        (["generate", "model=/nowhere", "prompt=x"], "holds no checkpoint"),
+        (["launch", "experiment=demo", "hosts=/nowhere"], "/nowhere"),
+        (["launch", "experiment=demo", "launcher=rocket"], "rocket"),
+    ],
+)
+def test_bad_input_says_what_is_wrong_and_exits_with_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_from_text_to_text(tiny_model, tmp_path):
+    """prepare, launch on two ranks, resume of a finished run, export, generate: by their commands."""
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"a state of size {i}"}) for i in range(300))
+    )
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        f"""# @package _global_
+name: mine
+model: {tiny_model}
+precision: fp32
+wandb: {{mode: disabled}}
+data:
+  root: tokens
+  sequence_length: 32
+  sequences_per_step: 4
+  sources: {{wiki: {{path: text.jsonl}}, code: {{path: text.jsonl}}, math: {{path: text.jsonl}}}}
+  phases: {{encyclopedia: {{tokens: 256}}, code: {{tokens: 256}}, mathematics: {{tokens: 256}}}}
+"""
+    )
+    experiment = ["experiment=mine", "--config-dir", "."]
+
+    def done(*words: str) -> str:
+        result = brumby_command(*words, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    assert brumby_command("launch", *experiment, cwd=tmp_path).returncode == 2  # not prepared
+    done("prepare", *experiment)
+    early = brumby_command("launch", *experiment, "ranks_per_host=3", cwd=tmp_path)
+    assert early.returncode == 2
+    assert "sequences_per_step is 4" in early.stderr
+    assert not (tmp_path / "runs").exists()
+    shown = done("launch", *experiment, "ranks_per_host=2")
+    assert "step 6/6  phase mathematics" in shown
+    assert json.loads((tmp_path / "runs/mine/summary.json").read_text())["steps"] == 6
+    again = brumby_command("launch", *experiment, "ranks_per_host=2", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "go on with `resume=runs/mine`" in again.stderr
+    done("launch", "resume=runs/mine", "ranks_per_host=2")
+    assert (
+        "no checkpoint of step 5; it has 6"
+        in brumby_command("export", "run=runs/mine", "out=model", "step=5", cwd=tmp_path).stderr
+    )
+    done("export", "run=runs/mine", "out=model")
+    text = done("generate", "model=model", "prompt=a state", "max_new_tokens=8")
+    assert text.startswith("a state")
+    assert len(text.strip()) > len("a state")

@@ -1,0 +1,33 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from brumby.model import BrumbyConfig, BrumbyForCausalLM
+from brumby.train.throughput import flops_per_token, peak_flops
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """Softmax attention, whose products PyTorch sees; it counts the whole square, we the causal half."""
+    config, T = BrumbyConfig(**SIZES, use_exp=True), 128
+    model = BrumbyForCausalLM(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.randint(300, (1, T)), use_cache=False).logits.sum().backward()
+    mixer = 3 * 2 * (2 * 2 * 4 * 16 * T) * T  # layers, both products, forward and backward, the whole square
+    square = counter.get_total_flops() - mixer / 2
+    assert flops_per_token(config, T) * T == pytest.approx(square, rel=0.01)
+
+
+def test_chunks_cost_the_same_at_every_length():
+    config = BrumbyConfig(**SIZES, switch_over_seq_len=64)
+    assert flops_per_token(config, 65) == flops_per_token(config, 10**6)
+    assert flops_per_token(config, 64) < flops_per_token(BrumbyConfig(**SIZES), 10**6)
+
+
+def test_peak_of_an_unknown_device_is_measured():
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
