@@ -67,6 +67,13 @@ def tiny_data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.fixture
+def long_data(tiny_data: dict) -> dict:
+    """The same through 60 steps, for runs that are interrupted on the way."""
+    phases = {name: phase | {"tokens": 20 * 256} for name, phase in tiny_data["phases"].items()}
+    return tiny_data | {"phases": phases}
+
+
+@pytest.fixture
 def make_run(tiny_model: Path, tiny_data: dict, tmp_path: Path):
     """Make a run directory; keywords override fields of its configuration."""
     from brumby.launch import runs
