@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from brumby import __version__
 from brumby.model import BrumbyConfig
 
 from .checkpoint import (
@@ -40,7 +41,7 @@ from .sources import CARRIED_FILES, open_source
 
 GATES_FILE = "model-gates.safetensors"
 REPORT_FILE = "conversion.json"
-PACKAGES = ("open-brumby", "torch", "transformers", "safetensors")
+PACKAGES = ("torch", "transformers", "safetensors")
 
 
 def convert(
@@ -131,7 +132,7 @@ def convert(
             "files": files,
             "parity": comparison,
             "notes": plan.notes,
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": {"open-brumby": __version__} | {name: version(name) for name in PACKAGES},
             "seconds": round(time.perf_counter() - started, 3),
         }
         (target / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
