@@ -37,12 +37,15 @@ def setup_distributed() -> torch.device:
 
 def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> dict:
     accumulation = config.data.sequences_per_step // (config.micro_batch * world_size)
+    zero: dict = {"stage": config.zero_stage if train or config.zero_stage == 3 else 0}
+    if not torch.cuda.is_available():  # the default buckets would hold a small model's gradients a second time
+        zero |= {"reduce_bucket_size": 2**25, "allgather_bucket_size": 2**25}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
         "gradient_clipping": config.optimizer.clip_grad_norm if train else 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage if train or config.zero_stage == 3 else 0},
+        "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -84,6 +84,14 @@ def test_two_ranks_at_every_zero_stage_train_as_one(make_run, train, zero_stage)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_with_float32_masters_stays_close(make_run, train, zero_stage):
+    run_dir = make_run(zero_stage=zero_stage, precision="bf16")
+    train(run_dir, num_ranks=2)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.01)
+
+
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(make_run, train, tmp_path):
     run_dir = make_run()
     train(run_dir, num_ranks=2)
