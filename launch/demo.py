@@ -1,7 +1,7 @@
 """The main job on a real checkpoint, from the download to a sample: `make demo`.
 
 It converts SmolLM2-135M-Instruct, shows the parity, retrains it through three phases of real text
-(on two ranks, or on the GPUs that are there) with an interruption on the way, exports the result and
+(on two ranks, or on one GPU) with an interruption on the way, exports the result and
 lets it write. Every step is a `brumby` command, shown as it is run.
 """
 
@@ -135,7 +135,7 @@ def main() -> None:
 
     started = time.monotonic()
     gpu = torch.cuda.is_available()
-    experiment, ranks = ("demo_gpu", []) if gpu else ("demo", ["ranks_per_host=2"])
+    experiment, ranks = ("demo_gpu", ["ranks_per_host=1"]) if gpu else ("demo", ["ranks_per_host=2"])
     start = CACHE / "smollm2-brumby"
     if RUN.exists():
         sys.exit(f"{RUN} is there from an earlier demo; remove it to run the demo again")

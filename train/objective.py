@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brumby.data import Batch
+from brumby.data.batches import IGNORE_INDEX
 from brumby.model import BrumbyForCausalLM
-
-IGNORE = -100
 
 
 class CrossEntropy(nn.Module):
@@ -31,10 +30,12 @@ class CrossEntropy(nn.Module):
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             loss = LigerFusedLinearCrossEntropyLoss(
-                ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32
+                ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32
             )
             return loss(self.model.lm_head.weight, hidden, labels).float()
-        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(
+            self.model.lm_head(hidden).float(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
 
 
 def inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:

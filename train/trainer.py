@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from brumby.data import Batch, Batches, check_divisible
+from brumby.data.batches import IGNORE_INDEX
 from brumby.train import checkpoint
 from brumby.train.config import RunConfig
 from brumby.train.engine import build_base, build_engine, setup_distributed
-from brumby.train.objective import IGNORE, inputs
+from brumby.train.objective import inputs
 from brumby.train.plot import plot_loss
 from brumby.train.schedule import lr_ratio
 from brumby.train.terminal import LiveLog, step_line
@@ -108,7 +109,7 @@ class Trainer:
         tokens_seen = step * self.batches.tokens_per_step
         measure = step % config.measure_every == 0 or step == self.batches.num_steps - 1
 
-        local_valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        local_valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         (num_valid,) = self.all_reduce([local_valid])
         ratio = lr_ratio(config.schedule, tokens_seen + self.batches.tokens_per_step, self.total_tokens)
         for group in self.engine.optimizer.param_groups:
