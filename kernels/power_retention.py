@@ -84,6 +84,7 @@ def power_retention(
         cu_seqlens: [N + 1] int32 or int64: where the documents packed into one row (B = 1) begin, then T.
             Documents do not see each other; an empty one passes its state through.
         implementation: "recurrent", "attention" or "chunk". None takes "attention" up to chunk_size tokens.
+            On GPUs "attention" and "chunk" are kernels, and "reference" is the plain form of both.
 
     Returns:
         y [B, T, HQ, V] in the dtype of v; with `return_final_state` the pair (y, RetentionState).
@@ -115,7 +116,7 @@ def power_retention(
             log_g,
             power=power,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            chunk_size=T if implementation == "attention" else chunk_size,
+            chunk_size=T if implementation == "attention" or chunk_size is None else chunk_size,
             initial_state=initial_state,
             return_final_state=return_final_state,
             cu_seqlens=cu_seqlens,
@@ -468,10 +469,11 @@ def _documents(B: int, T: int, cu_seqlens: Tensor | None) -> list[tuple[slice, i
 Form = Callable[..., tuple[Tensor, RetentionState | None]]
 
 # The form that runs for tensors of a device. What is not here is an error: nothing falls back in silence.
+# The package puts its kernels in the place of "attention" and "chunk" on GPUs; "reference" stays what is here.
 FORMS: dict[tuple[str, str], Form] = {
-    (device, name): form
+    (device, name): _recurrent if name == "recurrent" else _chunked
     for device in ("cpu", "cuda")
-    for name, form in (("attention", _chunked), ("chunk", _chunked), ("recurrent", _recurrent))
+    for name in ("attention", "chunk", "recurrent", "reference")
 }
 
 

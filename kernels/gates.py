@@ -1,0 +1,157 @@
+"""What every Triton form needs per token: cumulated gates, factors of tiles, spans of documents, the gates' gradient.
+
+B batch, T tokens, H key-value heads, R query heads of each, BQ queries and BK keys in a tile, G cumulated log2
+gates. In memory everything per token is [B, heads, T].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Weights so much smaller than they were without gates (log2) are left out: far below float32's rounding
+NEGLIGIBLE = tl.constexpr(40.0)
+
+
+class Spans(NamedTuple):
+    """The tokens that a token may see and be seen by, int32 [T]: from `first` to `end`, exclusive."""
+
+    first: Tensor
+    end: Tensor
+
+
+def spans(T: int, cu_seqlens: Tensor | None, chunk: int | None, device: torch.device) -> Spans | None:
+    """Of documents, of chunks, or of what documents leave of chunks; None where all tokens see each other."""
+    t = torch.arange(T, device=device)
+    first, end = 0 * t, 0 * t + T
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, t.to(cu_seqlens.dtype), right=True)
+        first, end = cu_seqlens[document - 1], cu_seqlens[document]
+    if chunk is not None:
+        start = t // chunk * chunk
+        first, end = torch.maximum(first, start), torch.minimum(end, start + chunk)
+    elif cu_seqlens is None:
+        return None
+    return Spans(first.int(), end.int())
+
+
+@triton.jit
+def _cumulate_kernel(p_log_g, p_G, T, H, N: tl.constexpr):
+    """G_t in float64, since differences of long sums count. One program a head."""
+    i_b = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    p_log_g += i_b.to(tl.int64) * T * H + i_h
+    p_G += tl.program_id(0).to(tl.int64) * T
+    carry = tl.zeros([], tl.float64)
+    for i_t in range(0, T, N):
+        o_t = i_t + tl.arange(0, N)
+        b_g = tl.load(p_log_g + o_t.to(tl.int64) * H, o_t < T, 0).to(tl.float64) * 1.4426950408889634  # [N]
+        tl.store(p_G + o_t, tl.cumsum(b_g, 0) + carry, o_t < T)
+        carry += tl.sum(b_g, 0)
+
+
+def cumulate(log_g: Tensor) -> Tensor:
+    """log_g [B, T, H] -> G [B, H, T] float64, in log2."""
+    B, T, H = log_g.shape
+    G = log_g.new_empty(B, H, T, dtype=torch.float64)
+    _cumulate_kernel[(B * H,)](log_g.contiguous(), G, T, H, min(4096, triton.next_power_of_2(T)), num_warps=8)
+    return G
+
+
+class Factors(NamedTuple):
+    """Of tiles: column factors `c` [B, H, T], and where loops over other blocks begin and stop."""
+
+    c: Tensor | None  # exp2(G_e - G_t), e the last token of t's block of keys
+    begin: Tensor | None  # int32 [B, H, blocks of queries]: the first key that counts, a multiple of BK
+    stop: Tensor | None  # int32 [B, H, blocks of keys]: the end of the queries that count, a multiple of BQ or T
+
+
+@triton.jit
+def _factor_kernel(
+    p_G, p_first, p_c, p_begin, p_stop, T, BQ: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr
+):
+    i_bh = tl.program_id(1)
+    p_G += i_bh.to(tl.int64) * T
+    i_k = tl.program_id(0) * BK
+    if i_k < T:
+        o_k = i_k + tl.arange(0, BK)
+        i_e = tl.minimum(i_k + BK, T) - 1
+        G_e = tl.load(p_G + i_e)
+        b_c = tl.exp2((G_e - tl.load(p_G + o_k, o_k < T, 0)).to(tl.float32))  # [BK]
+        if PACKED:
+            b_c = tl.where(o_k >= tl.load(p_first + i_e), b_c, 0)
+        tl.store(p_c + i_bh.to(tl.int64) * T + o_k, b_c, o_k < T)
+        count = 0  # G falls: how many blocks of queries are near enough
+        for i in range(0, tl.cdiv(T, BQ), N):
+            o_q = (i + tl.arange(0, N)) * BQ
+            b_G = tl.load(p_G + o_q, o_q < T, -float("inf"))
+            count += tl.sum((b_G > G_e - NEGLIGIBLE).to(tl.int32), 0)
+        tl.store(p_stop + i_bh * tl.cdiv(T, BK) + tl.program_id(0), tl.minimum(count * BQ, T))
+    i_q = tl.program_id(0) * BQ
+    if i_q < T:
+        G_q = tl.load(p_G + i_q)
+        count = 0
+        for i in range(0, tl.cdiv(T, BK), N):
+            o_k = (i + tl.arange(0, N)) * BK
+            b_G = tl.load(p_G + tl.minimum(o_k + BK, T) - 1, o_k < T, -float("inf"))
+            count += tl.sum((b_G >= G_q + NEGLIGIBLE).to(tl.int32), 0)
+        tl.store(p_begin + i_bh * tl.cdiv(T, BQ) + tl.program_id(0), count * BK)
+
+
+def factors(G: Tensor | None, first: Tensor | None, BQ: int, BK: int) -> Factors:
+    if G is None:
+        return Factors(None, None, None)
+    B, H, T = G.shape
+    c = torch.empty_like(G, dtype=torch.float32)
+    begin, stop = (G.new_empty(B, H, triton.cdiv(T, N), dtype=torch.int32) for N in (BQ, BK))
+    blocks = triton.cdiv(T, min(BQ, BK))
+    N = min(1024, triton.next_power_of_2(blocks))
+    _factor_kernel[(blocks, B * H)](G, first, c, begin, stop, T, BQ, BK, N, first is not None)
+    return Factors(c, begin, stop)
+
+
+@triton.jit
+def _gradient_kernel(
+    p_qdq, p_kdk, p_last, p_dlog_g, p_bounds, T, H, scale, R: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr
+):
+    """Walks a document from its end."""
+    i_b = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    start, end = 0, T
+    if PACKED:
+        start = tl.load(p_bounds + tl.program_id(1)).to(tl.int32)
+        end = tl.load(p_bounds + tl.program_id(1) + 1).to(tl.int32)
+    p_qdq += tl.program_id(0).to(tl.int64) * R * T
+    p_kdk += tl.program_id(0).to(tl.int64) * T
+    p_dlog_g += i_b.to(tl.int64) * T * H + i_h
+    carry = tl.zeros([], tl.float64)
+    if p_last is not None:
+        carry += tl.load(p_last + tl.program_id(0))
+    for i_t in range(0, end - start, N):
+        o_t = end - 1 - i_t - tl.arange(0, N)  # [N]
+        m_t = o_t >= start
+        b_dG = -tl.load(p_kdk + o_t, m_t, 0).to(tl.float64)  # [N]
+        for i_r in tl.static_range(R):
+            b_dG += tl.load(p_qdq + tl.cast(i_r, tl.int64) * T + o_t, m_t, 0)
+        b_dG *= scale
+        tl.store(p_dlog_g + o_t.to(tl.int64) * H, tl.cumsum(b_dG, 0) + carry, m_t)
+        carry += tl.sum(b_dG, 0)
+
+
+def gate_gradient(qdq: Tensor, kdk: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, power: int) -> Tensor:
+    """dlog_g [B, T, H], the reverse cumulated sum of dG_t = (q_t . dq_t - k_t . dk_t) / P inside each document.
+
+    qdq [B, HQ, T] and kdk [B, H, T], float32; `last` [B, H], to be added to the last token's dG, or None.
+    """
+    B, H, T = kdk.shape
+    dlog_g = kdk.new_empty(B, T, H)
+    grid = (B * H, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
+    _gradient_kernel[grid](
+        qdq, kdk, last, dlog_g, cu_seqlens, T, H, 1 / power, qdq.shape[1] // H,
+        min(4096, triton.next_power_of_2(T)), cu_seqlens is not None, num_warps=8,
+    )  # fmt: skip
+    return dlog_g
