@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brumby.convert.export import export, read_weights
+from brumby.convert.export import export
+from brumby.convert.pieces import PiecesReader
 from brumby.data import Batches
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
@@ -31,7 +32,8 @@ def losses(run_dir) -> list[float]:
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in read_weights(find_checkpoint(run_dir)).items()}
+    reader = PiecesReader(find_checkpoint(run_dir))
+    return {name: reader.weight(name) for name in reader.shapes}
 
 
 def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]:
