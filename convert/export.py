@@ -72,9 +72,7 @@ def expected_shapes(config: dict) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in empty.state_dict().items() if name != tied}
 
 
-def write_shards(
-    weights: PiecesReader, config: dict, dtype: torch.dtype, folder: Path, max_bytes: int
-) -> None:
+def write_shards(weights: PiecesReader, config: dict, dtype: torch.dtype, folder: Path, max_bytes: int) -> None:
     """`model-0000i-of-0000n.safetensors` and their index.
 
     Raises:

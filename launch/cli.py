@@ -52,7 +52,7 @@ def launch(config: DictConfig) -> int:
     from brumby.launch.cluster import LaunchConfig, launch, preflight
     from brumby.launch.runs import create_or_resume
 
-    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env")
+    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env", "restarts", "grace")
     cluster = LaunchConfig(**plain(OmegaConf.create({name: config.pop(name) for name in names})))
     preflight(cluster)
     return launch(cluster, create_or_resume(config, cluster.num_ranks))

@@ -15,16 +15,19 @@ import threading
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from brumby.convert.files import sync
 from brumby.convert.pieces import MANIFEST, PiecesReader, file_name, manifest, problem, write
 from brumby.train import partition
 from brumby.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Checkpoints:
     `config.run_dir` must be one file system for all of them.
     """
 
-    def __init__(self, config: RunConfig, engine: DeepSpeedEngine, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, engine: "DeepSpeedEngine", device: torch.device) -> None:
         self.config, self.engine, self.device = config, engine, device
         self.folder = config.run_dir / "checkpoints"
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -157,7 +160,9 @@ class Checkpoints:
             if self.rank == 0:
                 log.warning(complaints[-1])
         if complaints:
-            raise ValueError("no checkpoint is whole; restore one, or begin another run\n  " + "\n  ".join(complaints))
+            raise ValueError(
+                "no checkpoint is whole; restore one, or begin another run\n  " + "\n  ".join(complaints)
+            )
         return None
 
     def forget_after(self, step: int) -> None:
@@ -190,7 +195,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             if free < needed.item() * MARGIN:
                 found = [
-                    f"it needs {needed.item() * MARGIN / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free; "
+                    f"it needs {needed.item() * MARGIN / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} free; "
                     f"free some, or keep fewer (keep_checkpoints is {self.config.keep_checkpoints})"
                 ]
         dist.broadcast_object_list(found, device=self.device)

@@ -45,7 +45,10 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
         "gradient_clipping": config.optimizer.clip_grad_norm if train else 0.0,
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},  # or it applies what is not finite
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": True,
+        },  # or it applies what is not finite
         "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

@@ -1,4 +1,4 @@
-"""Steps that must not be applied: loss or gradient norm not finite, or far above those before; ranks that differ."""
+"""Steps that must not be applied, since loss or gradient norm is no number or far above those before."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from brumby.train.config import StabilityConfig
 
-SPREAD = 0.05  # the least spread of a logarithm: a curve that happens to be smooth must not make every step a spike
+SPREAD = 0.05  # the least spread of a logarithm: a curve that happens to be smooth must not make spikes
 
 
 class DivergenceError(RuntimeError):
@@ -26,8 +26,8 @@ class Guard:
     for each of its groups. If that does nothing, weights and moments stay as they are, to the bit. A
     norm that is not finite never comes so far: DeepSpeed drops such a step itself.
 
-    The loss and the norm of each applied step are kept; a step is a spike if the logarithm of its own lies more than
-    `stability.spike` robust standard deviations (1.4826 x median absolute deviation) above their median.
+    The loss and the norm of each applied step are kept; a step is a spike if the logarithm of its own lies more
+    than `stability.spike` robust standard deviations (1.4826 x median absolute deviation) above their median.
     """
 
     def __init__(self, optimizer: Optimizer, config: StabilityConfig) -> None:

@@ -6,16 +6,19 @@ whichever stage wrote it. Everything that knows DeepSpeed's insides for the sake
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from brumby.convert.pieces import Piece, PiecesReader
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-def pieces(engine: DeepSpeedEngine) -> list[Piece]:
+
+def pieces(engine: "DeepSpeedEngine") -> list[Piece]:
     """All that this rank's optimizer updates, as views.
 
     Raises:
@@ -40,23 +43,23 @@ def share(piece: Piece, rank: int, world_size: int) -> Piece:
     return Piece(piece.name, piece.start + start, {k: tensor[start:end] for k, tensor in piece.tensors.items()})
 
 
-def named_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(engine: "DeepSpeedEngine") -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by their names in the model's own checkpoint."""
     for name, parameter in engine.module.named_parameters():
         yield name.removeprefix("model."), parameter  # the objective's own name for it
 
 
-def shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
+def shapes(engine: "DeepSpeedEngine") -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(engine)}
 
 
-def num_updates(engine: DeepSpeedEngine) -> int:
+def num_updates(engine: "DeepSpeedEngine") -> int:
     """How often AdamW has stepped; its bias correction depends on it."""
     return max((int(state["step"].item()) for state in engine.basic_optimizer.state.values() if state), default=0)
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, reader: PiecesReader, updates: int) -> None:
+def restore(engine: "DeepSpeedEngine", reader: PiecesReader, updates: int) -> None:
     """Take weights, moments and the number of updates from a checkpoint of any stage and number of ranks.
 
     Raises:
@@ -79,14 +82,14 @@ def restore(engine: DeepSpeedEngine, reader: PiecesReader, updates: int) -> None
             parameter.copy_(weight.view_as(parameter))
 
 
-def comparable(engine: DeepSpeedEngine) -> list[Tensor]:
+def comparable(engine: "DeepSpeedEngine") -> list[Tensor]:
     """The weights that every rank should hold alike: all of them, under ZeRO-3 those kept whole."""
     if engine.zero_optimization_stage() < 3:
         return [parameter.detach() for _, parameter in named_parameters(engine)]
     return [parameter.detach() for parameter in engine.optimizer.persistent_parameters]
 
 
-def _places(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
+def _places(engine: "DeepSpeedEngine", parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
     """Each place of a parameter's elements here: (start in it, tensor, start in that, length)."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -111,7 +114,7 @@ def _places(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Iterator[tuple[
         yield 0, parameter, 0, parameter.numel()
 
 
-def _state(engine: DeepSpeedEngine, flat: Tensor) -> dict[str, Tensor]:
+def _state(engine: "DeepSpeedEngine", flat: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a tensor it updates, made as AdamW would make it if this is before its first step."""
     state = engine.basic_optimizer.state[flat]
     if not state:

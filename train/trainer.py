@@ -133,7 +133,8 @@ class Trainer:
             return {"step": 0, "wall_seconds": 0.0}
         if state["fingerprint"] != self.batches.fingerprint:
             raise ValueError(
-                f"the data of {self.config.run_dir} changed since its checkpoint; a resumed run needs the same shards"
+                f"the data of {self.config.run_dir} changed since its checkpoint; "
+                "a resumed run needs the same shards"
             )
         self.guard.restore(state["guard"])
         return state
@@ -149,8 +150,8 @@ class Trainer:
         found = f"steps {first_bad + 1} to {step} could not be applied ({self.guard.verdict})"
         if returns == limits.max_returns:
             raise DivergenceError(
-                f"{found}, after {returns} returns to a checkpoint. {self.config.run_dir / 'metrics.jsonl'} has the "
-                "steps that were not applied and their samples; lower the rate or change the data, as a new run"
+                f"{found}, after {returns} returns to a checkpoint. The steps that were not applied and their samples "
+                f"are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, as a new run"
             )
         self.checkpoints.wait()
         state = self.checkpoints.load(before=first_bad + 1)
