@@ -140,7 +140,7 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
             raise ValueError(
-                f"keep_every is {self.keep_every}; expected a multiple of checkpoint_every, {self.checkpoint_every}"
+                f"keep_every is {self.keep_every}; must be a multiple of checkpoint_every={self.checkpoint_every}"
             )
         if not self.step_timeout > 0:
             raise ValueError(f"step_timeout is {self.step_timeout} seconds; it must be above 0")

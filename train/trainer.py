@@ -150,8 +150,8 @@ class Trainer:
         found = f"steps {first_bad + 1} to {step} could not be applied ({self.guard.verdict})"
         if returns == limits.max_returns:
             raise DivergenceError(
-                f"{found}, after {returns} returns to a checkpoint. The steps that were not applied and their samples "
-                f"are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, as a new run"
+                f"{found}, after {returns} returns to a checkpoint. The steps that were not applied and their "
+                f"samples are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, as a new run"
             )
         self.checkpoints.wait()
         state = self.checkpoints.load(before=first_bad + 1)
