@@ -151,7 +151,8 @@ class Trainer:
         if returns == limits.max_returns:
             raise DivergenceError(
                 f"{found}, after {returns} returns to a checkpoint. The steps that were not applied and their "
-                f"samples are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, as a new run"
+                f"samples are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, "
+                "as a new run"
             )
         self.checkpoints.wait()
         state = self.checkpoints.load(before=first_bad + 1)

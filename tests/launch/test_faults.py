@@ -100,7 +100,7 @@ def test_a_run_that_everything_happens_to(make_run, long_data):
 )
 def test_a_bad_step_changes_nothing(make_run, zero_stage, precision):
     """The last two of twelve are not applied: weights, moments and number of updates stay as after the tenth."""
-    stability = {"window": 8, "compare_every": 1}
+    stability = {"window": 4, "compare_every": 1}
     run_dir = make_run(zero_stage=zero_stage, precision=precision, checkpoint_every=10, stability=stability)
     bad = [{"kind": "spike", "rank": 1, "step": 10}, {"kind": "nan", "rank": 0, "step": 11}]
     launch(run_dir, bad)
@@ -161,6 +161,10 @@ def test_ranks_that_differ_stop_the_run(make_run, zero_stage):
 def test_other_ranks_and_stages_see_the_same_samples(make_run, long_data):
     """2 ranks under ZeRO-3, then 1 under ZeRO-1, then 3 under ZeRO-2, stopped by signals on the way."""
     options = {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "checkpoint_every": 100}
+    options["optimizer"] = {
+        "lr": 2e-3,
+        "gate_lr": 2e-3,
+    }  # at the other tests' rate rounding grows tenfold in a step
     undisturbed, run_dir = make_run("undisturbed", **options), make_run("elastic", zero_stage=3, **options)
     launch(undisturbed, [])
     stops = [
@@ -179,7 +183,7 @@ def test_other_ranks_and_stages_see_the_same_samples(make_run, long_data):
             row = json.loads(line)
             seen[row["step"]].append(row["ids"])
     batches = Batches(load(run_dir).data)
-    assert [len(seen[step]) for step in range(batches.num_steps)] == [2] * 10 + [1] * 10 + [3] * 22
+    assert [len(seen[step]) for step in range(batches.num_steps)] == [2] * 10 + [1] * 10 + [3] * 20
     for step, by_rank in seen.items():
         (batch,) = batches.micro_batches(step, 0, 1, 12)
         in_order = [name for micro_batch in zip(*by_rank, strict=True) for name in micro_batch]

@@ -21,7 +21,7 @@ from brumby.launch.cluster import LaunchConfig, launch
 
 hosts, launcher, module, run_dir = sys.argv[1:]
 try:
-    code = launch(LaunchConfig(hosts=hosts, launcher=launcher, module=module), Path(run_dir))
+    code = launch(LaunchConfig(hosts=hosts, launcher=launcher, module=module, restarts=0), Path(run_dir))
 except ValueError as error:
     print(error)
     code = 2
