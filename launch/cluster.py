@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ssh
 from brumby.launch.supervise import first_error, supervise
@@ -187,7 +187,7 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
         variables = (f"{name}={value}\n" for name, value in exports(config).items())
         (logs / "launch.env").write_text("".join(variables))
     # Ranks end themselves after step_timeout; this is for those that cannot.
-    limit = 2 * OmegaConf.load(run_dir / "config.yaml").get("step_timeout", 1800)
+    limit = _patience(run_dir)
     started = time.time()
 
     def stalled() -> bool:
@@ -203,8 +203,7 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     """Wait until every host answers and has no rank of this run left; False if one does not in time."""
     if not config.multi_host:
         return True
-    limit = 2 * OmegaConf.load(run_dir / "config.yaml").get("step_timeout", 1800)
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + _patience(run_dir)
     waiting = list(config.slots)
     while waiting and time.monotonic() < deadline:
         waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
@@ -213,6 +212,13 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     if waiting:
         print(f"given up: no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
     return not waiting
+
+
+def _patience(run_dir: Path) -> float:
+    """Seconds within which ranks that hang have ended themselves."""
+    config = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return 2 * config.get("step_timeout", 1800)
 
 
 def _is_clear(config: LaunchConfig, run_dir: Path, host: str) -> bool:

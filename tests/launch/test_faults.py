@@ -63,6 +63,12 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {name: reader.weight(name) for name in reader.shapes}
 
 
+def updates(checkpoint: Path) -> int:
+    described = manifest(checkpoint)
+    assert described
+    return described["state"]["updates"]
+
+
 def assert_same(run_dir: Path, undisturbed: Path) -> None:
     """To the bit: every step's loss and the final weights."""
     assert losses(run_dir) == losses(undisturbed)
@@ -105,7 +111,7 @@ def test_a_bad_step_changes_nothing(make_run, zero_stage, precision):
     bad = [{"kind": "spike", "rank": 1, "step": 10}, {"kind": "nan", "rank": 0, "step": 11}]
     launch(run_dir, bad)
     before, after = (run_dir / "checkpoints" / name for name in ("step-000010", "step-000012"))
-    assert [manifest(folder)["state"]["updates"] for folder in (before, after)] == [10, 10]
+    assert [updates(folder) for folder in (before, after)] == [10, 10]
     one, two = PiecesReader(before), PiecesReader(after)
     for name, shape in one.shapes.items():
         for kind in KINDS:
@@ -128,7 +134,7 @@ def test_bad_data_is_jumped_over(make_run, long_data):
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [(row["step"], row["returned_to"]) for row in rows if "returned_to" in row] == [(15, 10)]
-    assert manifest(find_checkpoint(run_dir))["state"]["updates"] == 10 + 45
+    assert updates(find_checkpoint(run_dir)) == 10 + 45
     config = load(run_dir)
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     reader = PiecesReader(run_dir / "checkpoints" / "step-000010")
@@ -161,10 +167,8 @@ def test_ranks_that_differ_stop_the_run(make_run, zero_stage):
 def test_other_ranks_and_stages_see_the_same_samples(make_run, long_data):
     """2 ranks under ZeRO-3, then 1 under ZeRO-1, then 3 under ZeRO-2, stopped by signals on the way."""
     options = {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "checkpoint_every": 100}
-    options["optimizer"] = {
-        "lr": 2e-3,
-        "gate_lr": 2e-3,
-    }  # at the other tests' rate rounding grows tenfold in a step
+    # At the other tests' rate a difference in the seventh digit grows tenfold a step, without any resume.
+    options["optimizer"] = {"lr": 5e-4, "gate_lr": 5e-4}
     undisturbed, run_dir = make_run("undisturbed", **options), make_run("elastic", zero_stage=3, **options)
     launch(undisturbed, [])
     stops = [
