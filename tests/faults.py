@@ -35,7 +35,7 @@ class Faults:
             marker = self.run_dir / f"fault-{i}"
             due = fault["kind"] in kinds and fault["rank"] == self.rank and self.step >= fault["step"]
             if due and not marker.exists():
-                marker.write_text(f"{time.time()}\n")
+                marker.touch()
                 return fault
         return None
 
@@ -84,7 +84,10 @@ def install(faults: Faults) -> None:
         row = train_step(self, step)
         batches = self.batches.micro_batches(step, self.rank, self.world_size, self.config.micro_batch)
         ids = [name for batch in batches for name in batch.sample_ids]
-        with (faults.run_dir / f"samples-{self.rank}.jsonl").open("a") as file:
+        with (
+            contextlib.suppress(OSError),
+            (faults.run_dir / f"samples-{self.rank}.jsonl").open("a") as file,
+        ):
             file.write(json.dumps({"step": step, "ids": ids}) + "\n")
         filler = self.checkpoints.folder / "filler"
         if self.rank == 0 and filler.exists() and faults.take("free_disk"):

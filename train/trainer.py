@@ -285,12 +285,16 @@ class Recorder:
         self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
 
     def draw(self) -> list[dict]:
-        """Draw `loss.png` from the rows so far; returns them."""
+        """Draw `loss.png` from the rows so far, if the disk has space; returns them."""
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
         starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
-        plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
-        self.wandb.log_picture(run_dir / "loss.png")
+        try:
+            plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
+        except OSError as error:
+            log.warning("loss.png is not drawn: %s", error)
+        else:
+            self.wandb.log_picture(run_dir / "loss.png")
         return rows
 
     def close(self, wall_seconds: float, device: torch.device) -> None:
@@ -312,7 +316,10 @@ class Recorder:
             "wall_seconds": wall_seconds,
             "device": device_name(device),
         }
-        write_json(self.config.run_dir / "summary.json", summary)
+        try:
+            write_json(self.config.run_dir / "summary.json", summary)
+        except OSError as error:
+            log.warning("summary.json is not written: %s", error)
         self.wandb.finish(summary)
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from brumby.convert.pieces import KINDS, PiecesReader, manifest
 from brumby.data import Batches
-from brumby.launch.runs import find_checkpoint
+from brumby.launch.runs import create_or_resume, find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.checkpoint import completed, step_of
 from brumby.train.config import load
 from brumby.train.objective import CrossEntropy
 from brumby.train.tracking import read_metrics
+from tests.launch.conftest import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -77,28 +79,21 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_everything_happens_to(make_run, long_data):
-    """In turn: killed in a step, in a write and in a commit; the newest checkpoint cut off; a rank that hangs."""
-    options = {"data": long_data, "step_timeout": 25, "zero_stage": 3, "precision": "bf16"}
-    bad_batch = [{"kind": "nan", "rank": 1, "step": 22}]
-    undisturbed, run_dir = make_run("undisturbed", **options), make_run("disturbed", **options)
-    launch(undisturbed, bad_batch)
-    output = launch(
-        run_dir,
-        [
-            *bad_batch,
-            {"kind": "kill", "rank": 1, "step": 7, "delay": 0.02},
-            {"kind": "kill_in_write", "rank": 1, "step": 14},
-            {"kind": "truncate", "rank": 0, "step": 28},
-            {"kind": "kill_in_commit", "rank": 0, "step": 34},
-            {"kind": "hang", "rank": 0, "step": 47},
-        ],
-    )
-    assert_same(run_dir, undisturbed)
-    assert output.count("starting again from step") == 5, output
+def test_what_was_wrong_is_said(make_run, long_data):
+    """The newest checkpoint is cut off and a rank killed; another fails by itself."""
+    run_dir = make_run(data=long_data)
+    faults = [{"kind": "truncate", "rank": 0, "step": 28}, {"kind": "raise", "rank": 1, "step": 40}]
+    output = launch(run_dir, faults)
     assert "step-000025 is passed over: pieces-00001.safetensors has 1000 bytes and should have" in output
-    assert "rank 1 on" in output
-    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 61))
+    lines = output.splitlines()
+    first = next(i for i, line in enumerate(lines) if "was killed without a word" in line)
+    assert lines[first].startswith("rank 0 on")
+    assert lines[first + 1].startswith("rank 1 on")  # what it met with comes after the cause
+    assert "starting again from step" in "".join(lines[first + 2 :])
+    failed = [line for line in lines if line.startswith("rank") and "failed at" in line]
+    assert "rank 1 on" in failed[1]
+    assert "RuntimeError: a fault of this rank" in failed[1]
+    assert "a fault of this rank" in (run_dir / "logs" / "rank-00001.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -197,3 +192,51 @@ def test_other_ranks_and_stages_see_the_same_samples(make_run, long_data):
 def set_stage(run_dir: Path, old: int, new: int) -> None:
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace(f"zero_stage: {old}", f"zero_stage: {new}"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of six megabytes; a checkpoint has 0.3."""
+    if os.geteuid() != 0:
+        missing("needs root, to mount a file system")
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_and_no_wandb(make_run, long_data, small_disk):
+    """Full in the middle of the checkpoint of step 10 until step 22, and from step 52 until the run has failed."""
+    options = {"data": long_data, "zero_stage": 1}
+    undisturbed = make_run("undisturbed", **options)
+    launch(undisturbed, [])
+    run_dir = make_run("disturbed", runs_dir=str(small_disk), wandb={"mode": "online"}, **options)
+    fill = [{"kind": "fill_disk", "rank": 0, "step": step} for step in (8, 52)]
+    free = {"kind": "free_disk", "rank": 0, "step": 22}
+    refusing = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    process = start(run_dir, [*fill, free], **refusing)
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "starting again" in line:
+            (run_dir / "checkpoints" / "filler").unlink()
+    output = "".join(lines)
+    assert process.wait() == 0, output
+    assert "no checkpoint of step 10, training goes on: rank" in output
+    assert "No space left on device" in output
+    assert "no checkpoint of step 15, training goes on: it needs" in output
+    assert "the checkpoint of step 60 is not written: it needs" in output
+    assert "starting again from step 50" in output
+    assert "wandb failed and is off" in output
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(make_run, small_disk):
+    """31 checkpoints of 0.3 MB do not fit on 6."""
+    config = OmegaConf.load(make_run() / "config.yaml")
+    changes = {"runs_dir": str(small_disk), "keep_checkpoints": 30, "resume": None}
+    with pytest.raises(ValueError, match=r"31 checkpoints of .* GB need .* GB\. Choose another runs_dir"):
+        create_or_resume(OmegaConf.merge(config, changes), 1)
+    assert os.listdir(small_disk) == []
