@@ -54,7 +54,7 @@ def launch(config: DictConfig) -> int:
     from brumby.launch.runs import create_or_resume
     from brumby.train.config import load
 
-    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env", "restarts", "grace")
+    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env", "restarts", "min_hosts", "grace")
     cluster = LaunchConfig(**plain(OmegaConf.create({name: config.pop(name) for name in names})))
     preflight(cluster)
     if cluster.multi_host:

@@ -63,6 +63,8 @@ class LaunchConfig:
         master_port: Where rank 0 gathers the others; None is a port that is free here.
         env: Variables for the ranks, beyond those passed on from this environment.
         restarts: How often a run that failed is started again without a checkpoint more than before.
+        min_hosts: If after a failure not all hosts answer in time, go on with those that do, if there are so many;
+            None waits for all or gives up.
         grace: Seconds to save and stop after a first signal.
         module: What each rank runs; its argument is the run directory.
 
@@ -76,6 +78,7 @@ class LaunchConfig:
     master_port: int | None = None
     env: dict[str, str] = field(default_factory=dict)
     restarts: int = 3
+    min_hosts: int | None = None
     grace: float = 300.0
     module: str = "brumby.train"
     slots: dict[str, int] = field(init=False)  # host -> number of ranks
@@ -93,6 +96,8 @@ class LaunchConfig:
             raise ValueError(f"master_port is {self.master_port}; expected a port from 1024 to 65535")
         if self.restarts < 0:
             raise ValueError(f"restarts is {self.restarts}; it must not be negative")
+        if self.min_hosts is not None and self.min_hosts < 1:
+            raise ValueError(f"min_hosts is {self.min_hosts}; it must be at least 1")
         if not self.grace > 0:
             raise ValueError(f"grace is {self.grace} seconds; it must be above 0")
         if self.multi_host and not self.hosts:
@@ -162,7 +167,7 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
         if attempts < 0:
             print(f"given up: {config.restarts} restarts without a checkpoint more; logs: {run_dir / 'logs'}")
             return code
-        print(f"starting again from step {newest_step(run_dir)}", file=sys.stderr)
+        print(f"starting again; the newest checkpoint is of step {newest_step(run_dir)}", file=sys.stderr)
         if not _wait_for_hosts(config, run_dir):
             return code
 
@@ -200,7 +205,10 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
 
 
 def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
-    """Wait until every host answers and has no rank of this run left; False if one does not in time."""
+    """Wait until every host answers and has no rank of this run left; False if too few do in time.
+
+    Hosts that do not answer are left out of `config.slots`, if `config.min_hosts` allows it.
+    """
     if not config.multi_host:
         return True
     deadline = time.monotonic() + _patience(run_dir)
@@ -209,9 +217,15 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
         waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
         if waiting:
             time.sleep(2)
-    if waiting:
-        print(f"given up: no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
-    return not waiting
+    if not waiting:
+        return True
+    print(f"no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
+    left = {host: slots for host, slots in config.slots.items() if host not in waiting}
+    if config.min_hosts is None or len(left) < config.min_hosts:
+        return False
+    print(f"going on with {', '.join(left)}", file=sys.stderr)
+    config.slots = left
+    return True
 
 
 def _patience(run_dir: Path) -> float:

@@ -74,7 +74,8 @@ def check_space(run: RunConfig) -> None:
     if free < needed:
         raise ValueError(
             f"{parent} has {free / 1e9:.3g} GB free; {run.keep_checkpoints + 1} checkpoints of "
-            f"{checkpoint / 1e9:.3g} GB need {needed / 1e9:.3g} GB. Choose another runs_dir or lower keep_checkpoints"
+            f"{checkpoint / 1e9:.3g} GB need {needed / 1e9:.3g} GB. Choose another runs_dir, or lower "
+            "keep_checkpoints"
         )
 
 

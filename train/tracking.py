@@ -99,7 +99,8 @@ class Wandb:
     def log(self, row: dict) -> None:
         """One step's figures; all are drawn against `tokens_seen`."""
         if self.run is not None:
-            self._try(lambda: self.run.log(row))
+            sent = {name: value for name, value in row.items() if name != "sample_ids"}  # no list of words there
+            self._try(lambda: self.run.log(sent))
 
     def log_picture(self, path: Path) -> None:
         if self.run is not None:

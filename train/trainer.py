@@ -47,6 +47,7 @@ class Trainer:
         self.total_tokens = self.batches.num_steps * self.batches.tokens_per_step
         lr_ratio(config.schedule, 0, self.total_tokens)  # fails here, not after the models are loaded
         self.stop = False
+        self.checkpoint_seconds = 0.0  # that the training waited for the checkpoint before the next step
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             signal.signal(getattr(signal, name), self._on_signal)
 
@@ -101,7 +102,9 @@ class Trainer:
                 if save or step % config.stability.compare_every == 0:
                     check_ranks(comparable(self.engine), step, self.device)
                 if save:
-                    self.checkpoints.save(self.state(step, time.monotonic() - started))
+                    before = time.monotonic()
+                    self.checkpoints.save(self.state(step, before - started))
+                    self.checkpoint_seconds = time.monotonic() - before
                     if recorder is not None:
                         recorder.draw()
                 if self.stop_requested:
@@ -217,8 +220,10 @@ class Trainer:
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
             "step_seconds": seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
             "memory_bytes": memory_bytes(self.device),
         }
+        self.checkpoint_seconds = 0.0
         if verdict is not None:
             (whole,) = self.batches.micro_batches(step, 0, 1, config.data.sequences_per_step)
             row |= {"not_applied": verdict, "sample_ids": whole.sample_ids}

@@ -58,11 +58,11 @@ def test_accidents(make_run, long_data, capsys, seed):
     assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl") if "not_applied" in row] == [
         bad_batch["step"] + 1
     ]
-    restarts = [line.split()[-1] for line in output.splitlines() if "starting again from step" in line]
+    restarts = [line.split()[-1] for line in output.splitlines() if "starting again;" in line]
     with capsys.disabled():
         print()
         for fault in faults:
             where = f"ZeRO-{options['zero_stage']} {precision}"
             print(f"| {seed} | {where} | {KINDS[fault['kind']]} | {fault['rank']} | {fault['step'] + 1} | yes |")
-        restarted = f"{len(restarts)} restarts from steps {', '.join(restarts)}"
+        restarted = f"{len(restarts)} restarts, newest checkpoints then {', '.join(restarts)}"
         print(f"<!-- run {seed}: {restarted}; step {bad_batch['step'] + 1} is NaN; {seconds:.0f} s -->")

@@ -34,6 +34,7 @@ def test_every_experiment_composes_and_validates(experiment, command):
         "master_port",
         "env",
         "restarts",
+        "min_hosts",
         "grace",
         "num_workers",
         "resume",

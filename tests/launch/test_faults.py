@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_what_was_wrong_is_said(make_run, long_data):
     first = next(i for i, line in enumerate(lines) if "was killed without a word" in line)
     assert lines[first].startswith("rank 0 on")
     assert lines[first + 1].startswith("rank 1 on")  # what it met with comes after the cause
-    assert "starting again from step" in "".join(lines[first + 2 :])
+    assert "starting again; the newest checkpoint is of step" in "".join(lines[first + 2 :])
     failed = [line for line in lines if line.startswith("rank") and "failed at" in line]
     assert "rank 1 on" in failed[1]
     assert "RuntimeError: a fault of this rank" in failed[1]
@@ -228,7 +230,7 @@ def test_a_full_disk_and_no_wandb(make_run, long_data, small_disk):
     assert "No space left on device" in output
     assert "no checkpoint of step 15, training goes on: it needs" in output
     assert "the checkpoint of step 60 is not written: it needs" in output
-    assert "starting again from step 50" in output
+    assert "starting again; the newest checkpoint is of step 50" in output
     assert "wandb failed and is off" in output
     assert_same(run_dir, undisturbed)
 
@@ -240,3 +242,31 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(make_run, small_
     with pytest.raises(ValueError, match=r"31 checkpoints of .* GB need .* GB\. Choose another runs_dir"):
         create_or_resume(OmegaConf.merge(config, changes), 1)
     assert os.listdir(small_disk) == []
+
+
+def test_the_slurm_script_saves_and_queues_again(make_run, long_data, tmp_path):
+    """Slurm's own programs are stand-ins; the script, the launch and the ranks are real."""
+    run_dir = make_run(data=long_data)
+    programs = {
+        "brumby": f'exec {sys.executable} -m brumby.launch.cli "$@"',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "scontrol": f'echo "$@" >>{tmp_path}/requeued',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2"}
+    env = os.environ | slurm | {"RUN": str(run_dir), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = Path(__file__).parents[2] / "docs" / "examples" / "slurm.sh"
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen(["bash", script], env=env, stdout=output, stderr=subprocess.STDOUT)
+        while len(losses(run_dir)) < 5 and job.poll() is None:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@300` does
+        assert job.wait(timeout=90) == 130, (tmp_path / "output").read_text()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert 5 <= step_of(find_checkpoint(run_dir)) < 60
+    again = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(losses(run_dir)) == 60

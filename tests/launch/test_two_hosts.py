@@ -24,7 +24,7 @@ from brumby.launch.cluster import LaunchConfig, launch
 
 hosts, launcher, module, run_dir, restarts = sys.argv[1:]
 try:
-    config = LaunchConfig(hosts=hosts, launcher=launcher, module=module, restarts=int(restarts))
+    config = LaunchConfig(hosts=hosts, launcher=launcher, module=module, restarts=int(restarts), min_hosts=1)
     code = launch(config, Path(run_dir))
 except ValueError as error:
     print(error)
@@ -161,8 +161,26 @@ def test_a_run_outlives_a_cut_link(two_hosts, make_run, train, long_data):
     two_hosts.wire("up")
     assert process.wait(timeout=200) == 0, (run_dir / "output").read_text()
     assert 7 <= cut < 60
-    assert "starting again from step" in (run_dir / "output").read_text()
+    assert "starting again; the newest checkpoint is of step" in (run_dir / "output").read_text()
     assert_same(run_dir, whole)
+    assert_clean(two_hosts)
+
+
+def test_a_run_goes_on_with_the_host_that_is_left(two_hosts, make_run, train, long_data):
+    options = {"data": long_data, "zero_stage": 3, "step_timeout": 20, "optimizer": {"lr": 5e-4, "gate_lr": 5e-4}}
+    whole, run_dir = make_run("whole", **options), make_run("cut", **options)
+    train(whole, num_ranks=2)
+    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=1))
+    with (run_dir / "output").open("w") as output:
+        process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while len(read_metrics(run_dir / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    two_hosts.wire("down")
+    assert process.wait(timeout=280) == 0, (run_dir / "output").read_text()
+    assert f"going on with {two_hosts.addresses[0]}\n" in (run_dir / "output").read_text()
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (run_dir, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert_clean(two_hosts)
 
 
