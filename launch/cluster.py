@@ -323,6 +323,9 @@ def _deepspeed(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str
         argv += ["--launcher_args=--bind-to none"]  # mpirun would tie each rank to one core
     argv += ["--module", *_rank(config, run_dir)]
     env = {k: v for k, v in os.environ.items() if not SECRET.search(k)}
+    if config.launcher == "pdsh":  # or ssh would wait for hours for a host whose link is cut
+        alive = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {alive}".strip()
     return argv, env | {"DS_ENV_FILE": str(logs / "launch.env"), "PYTHONSAFEPATH": "1"}
 
 
