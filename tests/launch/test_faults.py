@@ -81,6 +81,23 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(make_run, long_data):
+    """The weights in it are those of its step, though many steps pass before they are on the disk."""
+    options = {"data": long_data, "checkpoint_every": 10, "keep_checkpoints": 9}
+    undisturbed, run_dir = make_run("undisturbed", **options), make_run("slow", **options)
+    launch(undisturbed, [])
+    launch(run_dir, [{"kind": "slow_write", "rank": 1, "step": 9}])
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert rows[10]["checkpoint_seconds"] < 1.0
+    assert rows[20]["checkpoint_seconds"] > 0.0
+    one, two = (PiecesReader(folder / "checkpoints" / "step-000010") for folder in (run_dir, undisturbed))
+    for name, shape in one.shapes.items():
+        for kind in KINDS:
+            values = [reader.read(kind, name, 0, math.prod(shape)) for reader in (one, two)]
+            assert torch.equal(*values), (kind, name)
+    assert_same(run_dir, undisturbed)
+
+
 def test_what_was_wrong_is_said(make_run, long_data):
     """The newest checkpoint is cut off and a rank killed; another fails by itself."""
     run_dir = make_run(data=long_data)
