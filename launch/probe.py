@@ -3,6 +3,7 @@
 It runs on every host of a launch, over ssh; `brumby.launch.doctor` compares what they say.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,17 +25,19 @@ def probe(paths: list[str]) -> dict:
     """Facts about this machine.
 
     Args:
-        paths: folders that the run needs; each is described by its free space and its `*.json` files.
+        paths: folders that the run needs; each is described by its free space, its JSON files and its folders'
+            manifests: what a model or token shards are known by.
     """
     import torch
 
     import brumby
 
+    package = Path(brumby.__file__).parent
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "code": _digest(Path(brumby.__file__).parent, "*.py"),
+        "code": _digest(package, _code(package)),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": _available_memory(),
         "compiler": shutil.which("g++"),
@@ -53,14 +56,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _digest(folder: Path, pattern: str) -> str:
-    """Of the names and contents of a folder's files; `tests` and hidden folders are left out."""
+def _code(package: Path) -> list[Path]:
+    """The Python files of the package's folders: what stands beside them in a checkout is not it."""
+    folders = [path for path in package.iterdir() if path.joinpath("__init__.py").is_file()]
+    return [path for folder in folders if folder.name != "tests" for path in folder.rglob("*.py")]
+
+
+def _digest(folder: Path, files: list[Path]) -> str:
+    """Of the names and contents of a folder's files; those that vanish meanwhile do not count."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob(pattern)):
-        parts = path.relative_to(folder).parts
-        if parts[0] == "tests" or any(part.startswith(".") for part in parts):
-            continue
-        digest.update("/".join(parts).encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        with contextlib.suppress(OSError):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -97,10 +104,11 @@ def _nvidia_smi() -> list[dict]:
 
 
 def _describe(path: Path) -> dict | None:
-    """Free bytes on the folder's file system and what its JSON files say; None if it is not there."""
+    """Free bytes on the folder's file system, and a digest of its manifests; None if it is not there."""
     if not path.is_dir():
         return None
-    return {"free_bytes": shutil.disk_usage(path).free, "content": _digest(path, "*.json")}
+    files = [*path.glob("*.json"), *path.glob("*/manifest.json")]
+    return {"free_bytes": shutil.disk_usage(path).free, "content": _digest(path, files)}
 
 
 if __name__ == "__main__":
