@@ -486,7 +486,7 @@ class Products:
 
 def products(K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> Products:
     """The fastest there are for a device."""
-    if dtype == torch.bfloat16 and K == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    if dtype == torch.bfloat16 and K == V == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         from brumby.kernels.state_hopper import HopperProducts
 
         return HopperProducts(K, V, C, dtype)
@@ -605,7 +605,7 @@ def backward(
     a, c, g = chunk_gates(G, None if documents is None else documents.first, B, H, T, C, q.device)
     p = products(K, V, C, q.dtype, q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta_q = delta(y, dy)
+    delta_q = delta(dy, q, k, v, y, l_inv, G, documents, 2, exact=initial is None)
     qdq, kdk = torch.empty_like(l_inv), l_inv.new_empty(B, H, T)
     d_firsts = []
     for b, h in _groups(p, B, H, T):

@@ -1,4 +1,4 @@
-"""The state form's three products for Hopper, in Gluon: head_dim 128, bf16. `state_form.py` has the mathematics.
+"""The state form's three products for Hopper, in Gluon: K and V 128, bf16. `state_form.py` has the mathematics.
 
 Persistent programs of three warpgroups: one warp brings tiles into rings of shared memory, two warpgroups multiply.
 What Triton cannot say is where an operand lives: x stays in registers for the whole loop over a state's 80 tiles,
@@ -503,7 +503,7 @@ def _programs(x: Tensor, units: int) -> tuple[int]:
 
 
 class HopperProducts(Products):
-    """See `Products`; head_dim 128, V 64 or 128, bfloat16."""
+    """See `Products`; K and V 128, bfloat16."""
 
     expanded = False
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it asks when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
 TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"
 WORDS = TEXT.split()
 
