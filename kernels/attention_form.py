@@ -22,6 +22,8 @@ P power, G cumulated log2 gates. In memory gates and other numbers per token are
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from brumby.kernels.gates import Spans, factors, padded
-from brumby.kernels.tiles import Tile, tiles
+from brumby.kernels.tiles import tiles
 
 
 @triton.jit
@@ -39,7 +41,9 @@ def _load(d_x, i_b, i_h, i_t, BT: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _reach(p_begin, p_first, i_bh, i_q, T, BQ: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr):
+def _reach(
+    p_begin, p_first, i_bh, i_q, T, BQ: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr
+):
     """The first key, a multiple of BK, that counts for a block of queries."""
     begin = 0
     if GATED:
@@ -304,15 +308,15 @@ def _key_value_step(
 
 @triton.jit
 def _key_value_gradient_kernel(
-    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first, p_end, T, H,
+    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_dv_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first, p_end, T, H,
     P: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and k . dk of one block of keys, over all query heads that share it.
 
     Blocks go from the last query to the diagonal, the query heads of one block after another: programs that
-    run side by side read the same q and dy. The longest programs start first. With `dk_state` [B * H, T, K],
-    it and what dv holds are added.
+    run side by side read the same q and dy. The longest programs start first. `dk_state` [B * H, T, K] and
+    `dv_state` [B * H, T, V] are added.
     """
     i_b = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -358,7 +362,7 @@ def _key_value_gradient_kernel(
     b_dk *= P
     if p_dk_state is not None:
         b_dk += tl.load(p_dk_state + (p_row + o_k)[:, None] * K + tl.arange(0, K)[None, :], m_k[:, None], 0)
-        b_dv += _load(d_dv, i_b, i_h, i_k, BK, V)
+        b_dv += tl.load(p_dv_state + (p_row + o_k)[:, None] * V + tl.arange(0, V)[None, :], m_k[:, None], 0)
     b_kdk = tl.sum(_load(d_k, i_b, i_h, i_k, BK, K).to(tl.float32) * b_dk, 1)  # [BK]
     tl.store(p_kdk + p_row + o_k, b_kdk, m_k)
     d_dk.store([i_b, i_h, i_k, 0], b_dk.to(d_dk.dtype).reshape(1, 1, BK, K))
@@ -381,13 +385,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def on_hopper(q: Tensor, v: Tensor, power: int) -> bool:
-    """Whether `attention_hopper` computes it."""
+    """Whether the kernels for Hopper compute it."""
     return (
         q.is_cuda
         and q.dtype == torch.bfloat16
         and power == 2
+        and q.shape[-1] == v.shape[-1]
         and q.shape[-1] in (64, 128)
-        and v.shape[-1] in (64, 128)
         and torch.cuda.get_device_capability(q.device)[0] == 9
     )
 
@@ -401,9 +405,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, HQ, V] in v's dtype and 1 / l [B, HQ, T] float32; eps is that of unscaled weights."""
     if on_hopper(q, v, power):
-        from brumby.kernels import attention_hopper  # Gluon, which other GPUs need not have
+        from brumby.kernels import hopper  # Gluon, which other GPUs need not have
 
-        return attention_hopper.forward(q, k, v, G, span, eps)
+        return hopper.forward(q, k, v, G, span, eps)
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
@@ -438,55 +442,45 @@ def delta(
     return out
 
 
-def query_gradient(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, l_inv: Tensor, delta: Tensor, G: Tensor | None,
-    span: Spans | None, power: int, dq_state: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write dq, return q . dq [B, HQ, T] float32."""
+class FromStates(NamedTuple):
+    """What states add to the gradients, float32 [B * heads, T, D]; None is nothing."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor,
+    delta: Tensor, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = FromStates(),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dq, dk and dv; return q . dq [B, HQ, T] and k . dk [B, H, T], float32, whence the gates' gradient."""
+    if on_hopper(q, v, power):
+        from brumby.kernels import hopper
+
+        return hopper.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, from_states)
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
+    first, end = (None, None) if span is None else span
+    gated, packed = G is not None, span is not None
+
     BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).query_gradient
-    first = None if span is None else span.first
     c, begin, _ = factors(G, first, BQ, BK)
     qdq = torch.empty_like(l_inv)
     _query_gradient_kernel[(B * HQ, triton.cdiv(T, BQ))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dq, BQ, K), dq_state, qdq, l_inv, delta, G, c, begin, first, T,
-        H, power, HQ // H, K, V, BQ, BK,
-        G is not None, span is not None, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
+        descriptor(dq, BQ, K), from_states.dq, qdq, l_inv, delta, G, c, begin, first, T, H, power, HQ // H, K, V,
+        BQ, BK, gated, packed, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return qdq
 
-
-def key_value_gradient(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor, delta: Tensor,
-    G: Tensor | None, span: Spans | None, power: int, dk_state: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write dk and dv, return k . dk [B, H, T] float32. With `dk_state`, it and what dv holds are added."""
-    B, T, HQ, _ = q.shape
-    H = k.shape[2]
-    K, V = _widths(k, v)
     BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).key_value_gradient
-    first, end = (None, None) if span is None else span
     c, _, stop = factors(G, first, BQ, BK)
-    kdk = q.new_empty(B, H, T, dtype=torch.float32)
+    kdk = l_inv.new_empty(B, H, T)
     _key_value_gradient_kernel[(B * H, triton.cdiv(T, BK))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dk, BK, K), descriptor(dv, BK, V), dk_state, kdk, l_inv, delta, G, c, stop, first, end, T,
-        H, power, HQ // H, K, V, BQ, BK,
-        G is not None, span is not None, precision(q.dtype), num_stages, num_warps=num_warps,
+        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, delta, G, c, stop,
+        first, end, T, H, power, HQ // H, K, V, BQ, BK, gated, packed, precision(q.dtype), num_stages,
+        num_warps=num_warps,
     )  # fmt: skip
-    return kdk
-
-
-def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, G: Tensor | None, span: Spans | None, power: int, y: Tensor,
-    l_inv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, and q . dq [B, HQ, T] and k . dk [B, H, T] in float32: the gates' gradient comes from them."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta_q = delta(dy, q, k, v, y, l_inv, G, span, power)
-    qdq = query_gradient(dy, q, k, v, dq, l_inv, delta_q, G, span, power)
-    kdk = key_value_gradient(dy, q, k, v, dk, dv, l_inv, delta_q, G, span, power)
-    return dq, dk, dv, qdq, kdk
+    return qdq, kdk

@@ -78,7 +78,16 @@ def padded(T):
 
 @triton.jit
 def _factor_kernel(
-    p_G, p_first, p_c, p_begin, p_stop, T, BQ: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr
+    p_G,
+    p_first,
+    p_c,
+    p_begin,
+    p_stop,
+    T,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     i_bh = tl.program_id(1)
     p_G += i_bh.to(tl.int64) * T

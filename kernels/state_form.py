@@ -32,8 +32,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from brumby.kernels.attention_form import delta, descriptor, key_value_gradient, precision, query_gradient
-from brumby.kernels.attention_form import forward as attention_forward
+from brumby.kernels import attention_form
+from brumby.kernels.attention_form import FromStates, delta, descriptor, precision
 from brumby.kernels.gates import cumulate, gate_gradient, spans
 from brumby.kernels.power_retention import RetentionState
 from brumby.kernels.tiles import state_tiles
@@ -418,7 +418,7 @@ class Heads(NamedTuple):
 
 
 class Products:
-    """The state form's three products of one head_dim, dtype and chunk. `state_hopper.Products` are the faster ones.
+    """The state form's three products of one head_dim, dtype and chunk. `hopper.HopperProducts` are the faster ones.
 
     States stand as s [B * H, NC, rows, V] in q's dtype and z [B * H, NC, K, K] in float32.
     """
@@ -451,15 +451,18 @@ class Products:
             self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
 
-    def value_gradient(self, e: Heads, s: Tensor, c: Tensor, dv: Tensor) -> None:
-        """dv [B, T, H, V] = c phi(k) . dS."""
-        B, T, H, V = dv.shape
+    def value_gradient(self, e: Heads, s: Tensor, c: Tensor) -> Tensor:
+        """c phi(k) . dS, float32 [B * H, T, V]."""
+        B, T, H, _ = e.x.shape
+        V = self.V
+        dv = s.new_empty(B, H, T, V, dtype=torch.float32)
         BM, num_warps, num_stages = self.tile.query
         box_x, _, box_row = self._boxes(e, BM)
         _value_gradient_kernel[self._grid(e, BM)](
-            box_x, box_row, self._states(s), c, descriptor(dv, BM, V), s.shape[1], T, H, self.C,
+            box_x, box_row, self._states(s), c, descriptor(dv.transpose(1, 2), BM, V), s.shape[1], T, H, self.C,
             self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
+        return dv.flatten(0, 1)
 
     def gradient(self, e: Heads, s: Tensor, z: Tensor, w: Tensor) -> Tensor:
         """d_ti = 2 sum_j x_tj (S_ij . u_t + w_t z_ij), float32 [B * HX, T, K]."""
@@ -486,10 +489,15 @@ class Products:
 
 def products(K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> Products:
     """The fastest there are for a device."""
-    if dtype == torch.bfloat16 and K == V == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        from brumby.kernels.state_hopper import HopperProducts
+    if (
+        dtype == torch.bfloat16
+        and K == V == 128
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+    ):
+        from brumby.kernels import hopper
 
-        return HopperProducts(K, V, C, dtype)
+        return hopper.HopperProducts(K, V, C, dtype)
     return Products(K, V, C, dtype)
 
 
@@ -519,7 +527,9 @@ def _scan(x: Tensor, g: Tensor, first: Tensor | None, reverse: bool, keep: bool)
 class States(NamedTuple):
     s: Tensor  # [B * H, NC, rows, V]
     z: Tensor  # [B * H, NC, K, K] float32
-    last: tuple[Tensor, Tensor] | None  # the same after the last chunk, float32, [B * H, rows, V] and [B * H, K, K]
+    last: (
+        tuple[Tensor, Tensor] | None
+    )  # the same after the last chunk, float32, [B * H, rows, V] and [B * H, K, K]
 
 
 def states(
@@ -547,7 +557,7 @@ def _groups(p: Products, B: int, H: int, T: int) -> Iterator[tuple[slice, slice]
     if B * H * size <= WORKSPACE:
         yield slice(0, B), slice(0, H)
         return
-    step = max(1, WORKSPACE // size)
+    step = triton.cdiv(H, min(H, triton.cdiv(H * size, WORKSPACE)))
     for b in range(B):
         for h in range(0, H, step):
             yield slice(b, b + 1), slice(h, min(h + step, H))
@@ -562,7 +572,7 @@ def forward(
     H, V = v.shape[2:]
     R = HQ // H
     G = None if log_g is None else cumulate(log_g)
-    y, l_inv = attention_forward(q, k, v, G, spans(T, cu_seqlens, C, q.device), 2, eps)
+    y, l_inv = attention_form.forward(q, k, v, G, spans(T, cu_seqlens, C, q.device), 2, eps)
     documents = spans(T, cu_seqlens, None, q.device)
     a, c, g = chunk_gates(G, None if documents is None else documents.first, B, H, T, C, q.device)
     p = products(K, V, C, q.dtype, q.device)
@@ -588,7 +598,9 @@ def _gather(parts: list[RetentionState], B: int, H: int) -> RetentionState | Non
     """What groups leave, in the order of `_groups`, as [B, H, ...]."""
     if not parts:
         return None
-    return RetentionState(*(torch.cat([x.flatten(0, 1) for x in xs]).unflatten(0, (B, H)) for xs in zip(*parts, strict=True)))
+    return RetentionState(
+        *(torch.cat([x.flatten(0, 1) for x in xs]).unflatten(0, (B, H)) for xs in zip(*parts, strict=True))
+    )
 
 
 def backward(
@@ -611,34 +623,34 @@ def backward(
     for b, h in _groups(p, B, H, T):
         hq = slice(h.start * R, h.stop * R)
         n = h.stop - h.start
-        q_g, dy_g, dq_g = q[b, :, hq], dy[b, :, hq], dq[b, :, hq]
-        k_g, v_g, dk_g, dv_g = k[b, :, h], v[b, :, h], dk[b, :, h], dv[b, :, h]
-        G_g = None if G is None else G[b, h]
         c_h, g_h = c[b, h].contiguous(), g[b, h].contiguous()
         l_q, d_q = l_inv[b, hq], delta_q[b, hq]
         first = None if initial is None else RetentionState(*(x[b, h] for x in initial))
         d_last = None if d_final is None else RetentionState(*(x[b, h] for x in d_final))
         a_q = a[b, h].repeat_interleave(R, 1) * l_q
         w_q = -a_q * d_q
-        keys = prepare(k_g, v_g, c_h, n, p.expanded)
-        queries = prepare(q_g, dy_g, a_q, n, p.expanded)
+        keys = prepare(k[b, :, h], v[b, :, h], c_h, n, p.expanded)
+        queries = prepare(q[b, :, hq], dy[b, :, hq], a_q, n, p.expanded)
 
-        dq_state = dk_state = None
+        dq_state = dk_state = dv_state = None
         if T > C or initial is not None:
             before = states(p, keys, c_h, g_h, first, False)
             dq_state = p.gradient(queries, before.s, before.z, w_q)
             del before
-        qdq[b, hq] = query_gradient(dy_g, q_g, k_g, v_g, dq_g, l_q, d_q, G_g, inside, 2, dq_state)
-        del dq_state
         if T > C or initial is not None or d_final is not None:
             after = states(p, queries, w_q, g_h, d_last, initial is not None, reverse=True)
             if initial is not None:
                 d_firsts.append(from_tiles(*(x.unflatten(0, (b.stop - b.start, -1)) for x in after.last)))
             if T > C or d_final is not None:
                 dk_state = p.gradient(keys, after.s, after.z, c_h)
-                p.value_gradient(keys, after.s, c_h, dv_g)
+                dv_state = p.value_gradient(keys, after.s, c_h)
             del after
-        kdk[b, h] = key_value_gradient(dy_g, q_g, k_g, v_g, dk_g, dv_g, l_q, d_q, G_g, inside, 2, dk_state)
+        del keys, queries
+        qdq[b, hq], kdk[b, h] = attention_form.backward(
+            dy[b, :, hq], q[b, :, hq], k[b, :, h], v[b, :, h], y[b, :, hq], dq[b, :, hq], dk[b, :, h], dv[b, :, h],
+            l_q, d_q, None if G is None else G[b, h], inside, 2, FromStates(dq_state, dk_state, dv_state),
+        )  # fmt: skip
+        del dq_state, dk_state, dv_state
     dlog_g = None
     if log_g is not None:
         last = None  # the last token's gate also decays the whole final state

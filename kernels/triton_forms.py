@@ -7,7 +7,6 @@ and so is its backward. What they save is their inputs, y and 1 / l: states are 
 from __future__ import annotations
 
 import contextlib
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +40,9 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, log_g: Any, cu_seqlens: Any, power: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Any, cu_seqlens: Any, power: int, eps: float
+) -> tuple[Tensor, Tensor]:
     B, T, HQ, _ = q.shape
     return v.new_empty(B, T, HQ, v.shape[-1]), q.new_empty(B, HQ, T, dtype=torch.float32)
 
@@ -54,9 +55,10 @@ def _attention_backward(
     """dq, dk, dv and dlog_g (empty without gates)."""
     with _on(q):
         G = None if log_g is None else cumulate(log_g)
-        dq, dk, dv, qdq, kdk = attention_form.backward(
-            dy, q, k, v, G, spans(q.shape[1], cu_seqlens, None, q.device), power, y, l_inv
-        )
+        span = spans(q.shape[1], cu_seqlens, None, q.device)
+        delta = attention_form.delta(dy, q, k, v, y, l_inv, G, span, power)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        qdq, kdk = attention_form.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, power)
         dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, None, cu_seqlens, power)
     return dq, dk, dv, dlog_g
 
@@ -108,7 +110,16 @@ def _chunks(
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_g: Any, s: Any, z: Any, cu_seqlens: Any, chunk: int, eps: float, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Any,
+    s: Any,
+    z: Any,
+    cu_seqlens: Any,
+    chunk: int,
+    eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, HQ, _ = q.shape
     l_inv = q.new_empty(B, HQ, T, dtype=torch.float32)

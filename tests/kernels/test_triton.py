@@ -196,7 +196,9 @@ def test_compiles_in_one_graph():
     leaves = [x.detach().requires_grad_() for x in made[0]]
     wanted = run(*made, F32, implementation="triton", chunk_size=128)
     form = torch.compile(
-        lambda *x: power_retention(*x, chunk_size=128, implementation="triton") * 1, fullgraph=True, backend="aot_eager"
+        lambda *x: power_retention(*x, chunk_size=128, implementation="triton") * 1,
+        fullgraph=True,
+        backend="aot_eager",
     )
     y = form(*leaves)
     y.backward(made[2])

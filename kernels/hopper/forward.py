@@ -1,8 +1,8 @@
-"""The attention form for Hopper, in Gluon: power 2, bf16, head dims 64 and 128. `attention_form.py` has the mathematics.
+"""The attention form forward, for Hopper: power 2, bf16, head dims 64 and 128. `attention_form.py` has the mathematics.
 
-A persistent program holds three warpgroups. One warp brings tiles into rings of shared memory; two warpgroups take 64
-rows each and multiply. Forward, each keeps the tensor cores busy with p v of one block while it makes p of the next,
-and the two drift apart, so that one's elementwise work falls into the other's products.
+A persistent program holds three warpgroups. One warp loads keys, values and column factors into rings of shared
+memory; two warpgroups take 64 queries each and multiply. Each keeps the tensor cores busy with p v of one block while
+it makes p of the next, and the two drift apart, so that one's elementwise work falls into the other's products.
 """
 
 from __future__ import annotations
@@ -19,12 +19,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from brumby.kernels.gates import Spans, factors
+from brumby.kernels.hopper.language import (
+    advance,
+    as_matrix,
+    as_tile,
+    barrier,
+    barriers,
+    num_programs,
+    reinterpret,
+    release,
+    tiles_of,
+    tma_load,
+    tma_store,
+)
 
 BQ = 128  # queries of a program, 64 for each of two warpgroups
 BK = 128
+STAGES = 3
 
 
 @gluon.jit
@@ -37,24 +50,20 @@ def _tile(i, T, BHQ, HQ, H, BQ: gl.constexpr):
 
 
 @gluon.jit
-def _begin(p_begin, p_first, i_b, i_h, i_q, T, H, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr):
+def _begin(
+    p_begin, p_first, i_bh, i_q, T, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr
+):
     """The first block of keys that counts for queries from i_q on."""
     begin = i_q * 0
     if FACTORS:
-        begin = gl.load(p_begin + (i_b * H + i_h) * gl.cdiv(T, BQ) + i_q // BQ)
+        begin = gl.load(p_begin + i_bh * gl.cdiv(T, BQ) + i_q // BQ)
     if PACKED:
         begin = gl.maximum(begin, gl.load(p_first + i_q))
     return begin // BK
 
 
 @gluon.jit
-def _tile_of(s_x, d_x):
-    """A buffer as TMA reads or writes it, [1, 1, rows, columns]."""
-    return s_x._reinterpret(d_x.dtype, d_x.block_type.shape, d_x.layout)
-
-
-@gluon.jit
-def _load_partition(
+def _load(
     d_q, d_k, d_v, d_c, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     p_begin, p_first, T, BHQ, HQ, H, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -65,38 +74,30 @@ def _load_partition(
     q_phase = 1
     for i in range(gl.program_id(0), gl.cdiv(T, BQ) * BHQ, gl.num_programs(0)):
         i_b, i_hq, i_h, i_q = _tile(i, T, BHQ, HQ, H, BQ)
-        begin = _begin(p_begin, p_first, i_b, i_h, i_q, T, H, BQ, BK, FACTORS, PACKED)
+        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), q_phase)
             mbarrier.expect(q_full.index(w), d_q.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_q, [i_b, i_hq, i_q + w * 64, 0], q_full.index(w), _tile_of(s_q.index(w), d_q))
+            s_qw = as_tile(s_q.index(w), d_q)
+            tma_load(d_q, [i_b, i_hq, i_q + w * (BQ // 2), 0], q_full.index(w), s_qw)
         q_phase ^= 1
         for j in range(0, i_q // BK + 1 - begin):
             i_k = i_q - j * BK
             mbarrier.wait(k_empty.index(i_stage), i_phase)
             if FACTORS:
                 mbarrier.expect(k_full.index(i_stage), d_k.block_type.nbytes + d_c.block_type.nbytes)
-                tma.async_copy_global_to_shared(d_c, [i_b * H + i_h, i_k], k_full.index(i_stage), s_c.index(i_stage))
+                tma_load(d_c, [i_b * H + i_h, i_k], k_full.index(i_stage), s_c.index(i_stage))
             else:
                 mbarrier.expect(k_full.index(i_stage), d_k.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_k, [i_b, i_h, i_k, 0], k_full.index(i_stage), s_k.index(i_stage))
+            tma_load(d_k, [i_b, i_h, i_k, 0], k_full.index(i_stage), s_k.index(i_stage))
             mbarrier.wait(v_empty.index(i_stage), i_phase)
             mbarrier.expect(v_full.index(i_stage), d_v.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_k, 0], v_full.index(i_stage), s_v.index(i_stage))
-            i_stage += 1
-            i_phase = gl.where(i_stage == STAGES, i_phase ^ 1, i_phase)
-            i_stage = gl.where(i_stage == STAGES, 0, i_stage)
+            tma_load(d_v, [i_b, i_h, i_k, 0], v_full.index(i_stage), s_v.index(i_stage))
+            i_stage, i_phase = advance(i_stage, i_phase, STAGES)
 
 
 @gluon.jit
-def _matrix(s_x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A buffer as TMA writes it, [1, 1, ROWS, COLUMNS], as the matrix that wgmma reads."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(s_x.layout.swizzle_byte_width, s_x.layout.element_bitwidth, 2)
-    return s_x._reinterpret(s_x.dtype, [ROWS, COLUMNS], layout)
-
-
-@gluon.jit
-def _multiply_partition(
+def _multiply(
     d_y, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps,
     W: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
@@ -111,14 +112,15 @@ def _multiply_partition(
     LP: gl.constexpr = gl.DotOperandLayout(0, LY, 2)
     LR: gl.constexpr = gl.SliceLayout(1, LS)
     LC: gl.constexpr = gl.SliceLayout(0, LS)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     zeros = gl.zeros([M, BK], gl.float32, LS)
-    b_q = _matrix(s_q.index(W), M, K)
+    b_q = as_matrix(s_q.index(W), s_v.dtype, M, K)
     i_stage = 0
     i_phase = 0
     q_phase = 0
     for i in range(gl.program_id(0), gl.cdiv(T, BQ) * BHQ, gl.num_programs(0)):
         i_b, i_hq, i_h, i_q = _tile(i, T, BHQ, HQ, H, BQ)
-        begin = _begin(p_begin, p_first, i_b, i_h, i_q, T, H, BQ, BK, FACTORS, PACKED)
+        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
         o_q = i_q + W * M + gl.arange(0, M, LR)  # [M]
         o_k = i_q + gl.arange(0, BK, LC)  # [BK]
         m_q = o_q < T
@@ -128,7 +130,7 @@ def _multiply_partition(
         G_e = 0.0
         if FACTORS:
             G_q = gl.load(p_Gh + i_q)  # the first query: the reference point
-            b_G = (gl.load(p_Gh + o_q, m_q, 0) - G_q).to(gl.float32)  # [M]
+            b_G = gl.where(m_q, gl.load(p_Gh + o_q, m_q, 0) - G_q, 0).to(gl.float32)  # [M]
             b_G_k = (gl.load(p_Gh + o_k, o_k < T, 0) - G_q).to(gl.float32)  # [BK]
             b_a = gl.exp2(b_G)  # [M], row factor
             G_e = gl.load(p_Gh + gl.maximum(i_q - 1, 0))
@@ -136,11 +138,10 @@ def _multiply_partition(
         # The diagonal
         mbarrier.wait(q_full.index(W), q_phase)
         mbarrier.wait(k_full.index(i_stage), i_phase)
-        b_k = _matrix(s_k.index(i_stage), BK, K).permute((1, 0))  # [K, BK]
+        b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
         b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, [b_s])  # [M, BK]
-        gl.thread_barrier()
-        mbarrier.arrive(k_empty.index(i_stage), count=1)
+        release(k_empty.index(i_stage))
         m_s = o_k[None, :] <= o_q[:, None]  # [M, BK]
         if PACKED:
             b_first = gl.load(p_first + o_q, m_q, 0)  # [M]
@@ -158,50 +159,43 @@ def _multiply_partition(
         for j in range(1, i_q // BK + 1 - begin):
             v_stage = i_stage
             v_phase = i_phase
-            i_stage += 1
-            i_phase = gl.where(i_stage == STAGES, i_phase ^ 1, i_phase)
-            i_stage = gl.where(i_stage == STAGES, 0, i_stage)
+            i_stage, i_phase = advance(i_stage, i_phase, STAGES)
             mbarrier.wait(k_full.index(i_stage), i_phase)
-            b_k = _matrix(s_k.index(i_stage), BK, K).permute((1, 0))  # [K, BK]
+            b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
             b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
-            b_y = warpgroup_mma(b_p, _matrix(s_v.index(v_stage), BK, V), b_y, is_async=True)
+            b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
             if FACTORS:
                 since = gl.exp2((G_q - G_e).to(gl.float32))
                 G_e = gl.load(p_Gh + gl.maximum(i_q - j * BK - 1, 0))
                 b_row = b_a * since  # [M]
-                b_c = s_c.index(i_stage)._reinterpret(gl.float32, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LC)
+                b_c = reinterpret(s_c.index(i_stage), gl.float32, [BK], FLAT).load(LC)  # [BK]
             b_s = warpgroup_mma_wait(1, [b_s])  # [M, BK]
-            gl.thread_barrier()
-            mbarrier.arrive(k_empty.index(i_stage), count=1)
+            release(k_empty.index(i_stage))
             if FACTORS:
-                b_w = (b_s * b_row[:, None]) * (b_s * b_c[None, :])  # [M, BK]
+                b_next = (b_s * b_row[:, None]) * (b_s * b_c[None, :])  # [M, BK]
             else:
-                b_w = b_s * b_s
-            b_l += gl.sum(b_w, 1)
-            b_w = gl.convert_layout(b_w.to(s_v.dtype), LP)
+                b_next = b_s * b_s
+            b_l += gl.sum(b_next, 1)
+            b_next = gl.convert_layout(b_next.to(s_v.dtype), LP)
             b_y = warpgroup_mma_wait(0, [b_y])
-            gl.thread_barrier()
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
-            b_p = b_w
+            release(v_empty.index(v_stage))
+            b_p = b_next
 
         mbarrier.wait(v_full.index(i_stage), i_phase)
-        b_y = warpgroup_mma(b_p, _matrix(s_v.index(i_stage), BK, V), b_y, is_async=True)
+        b_y = warpgroup_mma(b_p, as_matrix(s_v.index(i_stage), s_v.dtype, BK, V), b_y, is_async=True)
         b_l_inv = 1 / (b_l + eps)  # [M]
         gl.store(p_l_inv + (i_b * HQ + i_hq).to(gl.int64) * T + o_q, b_l_inv, m_q)
         b_y = warpgroup_mma_wait(0, [b_y])
-        gl.thread_barrier()
-        mbarrier.arrive(v_empty.index(i_stage), count=1)
-        i_stage += 1
-        i_phase = gl.where(i_stage == STAGES, i_phase ^ 1, i_phase)
-        i_stage = gl.where(i_stage == STAGES, 0, i_stage)
+        release(v_empty.index(i_stage))
+        i_stage, i_phase = advance(i_stage, i_phase, STAGES)
         q_phase ^= 1
         b_y = b_y * gl.convert_layout(b_l_inv, gl.SliceLayout(1, LY))[:, None]
-        s_y = _matrix(s_q.index(W), M, V)
+        s_y = as_matrix(s_q.index(W), s_v.dtype, M, V)
         s_y.store(b_y.to(d_y.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(d_y, [i_b, i_hq, i_q + W * M, 0], _tile_of(s_q.index(W), d_y))
+        barrier()
+        tma_store(d_y, [i_b, i_hq, i_q + W * M, 0], as_tile(s_q.index(W), d_y))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(W), count=1)
 
@@ -216,31 +210,20 @@ def _forward_kernel(
     s_k = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
     s_c = gl.allocate_shared_memory(d_c.dtype, [STAGES] + d_c.block_type.shape, d_c.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(2):
-        mbarrier.init(q_full.index(w), count=1)
-        mbarrier.init(q_empty.index(w), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty = barriers(2, 1), barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     gl.warp_specialize(
         [
-            (_multiply_partition, (
+            (_multiply, (
                 d_y, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps, 0, BQ, BK, FACTORS, PACKED,
             )),
-            (_multiply_partition, (
+            (_multiply, (
                 d_y, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps, 1, BQ, BK, FACTORS, PACKED,
             )),
-            (_load_partition, (
+            (_load, (
                 d_q, d_k, d_v, d_c, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 p_begin, p_first, T, BHQ, HQ, H, BQ, BK, FACTORS, PACKED,
             )),
@@ -250,21 +233,11 @@ def _forward_kernel(
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------
-# Launches
-
-
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """x [B, T, heads, D] as tiles [rows, D] of one head."""
-    block = [1, 1, rows, x.shape[-1]]
-    return TensorDescriptor.from_tensor(x.transpose(1, 2), block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, G: Tensor | None, span: Spans | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `attention_form.forward`, for power 2."""
-    B, T, HQ, K = q.shape
+    """As `attention_form.forward`."""
+    B, T, HQ, _ = q.shape
     H, V = v.shape[2:]
     if G is None and span is not None:
         G = q.new_zeros(B, H, T, dtype=torch.float64)
@@ -273,10 +246,12 @@ def forward(
     first = None if span is None else span.first
     c, begin, _ = factors(G, first, BQ, BK)
     c = l_inv.new_empty(1, BK) if c is None else c.flatten(0, 1)
-    d_c = TensorDescriptor.from_tensor(c, [1, BK], gl.NVMMASharedLayout.get_default_for([1, BK], gl.float32))
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _forward_kernel[(min(B * HQ * triton.cdiv(T, BQ), programs),)](
-        _descriptor(q, BQ // 2), _descriptor(k, BK), _descriptor(v, BK), d_c, _descriptor(y, BQ // 2),
-        l_inv, G, begin, first, T, B * HQ, HQ, H, eps, BQ, BK, 3, G is not None, span is not None, num_warps=4,
+    d_q, d_k, d_v, d_y = (
+        tiles_of(x.transpose(1, 2), rows, x.shape[-1])
+        for x, rows in ((q, BQ // 2), (k, BK), (v, BK), (y, BQ // 2))
+    )
+    _forward_kernel[num_programs(q, B * HQ * triton.cdiv(T, BQ))](
+        d_q, d_k, d_v, tiles_of(c, BK), d_y, l_inv, G, begin, first, T, B * HQ, HQ, H, eps,
+        BQ, BK, STAGES, G is not None, span is not None, num_warps=4,
     )  # fmt: skip
     return y, l_inv
