@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it asks when a kernel is defined
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton looks when a kernel is defined: this has to
+# come before any import of brumby.
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"

@@ -224,13 +224,19 @@ def test_tiles_hold_what_a_state_holds(K):
     assert math.isclose(float(weight[row == monomial[0, 1]][0]), 0.5**0.5, rel_tol=1e-6)
 
 
+def test_states_without_a_kernel_are_made_with_a_warning():
+    q, k, v, log_g = make((1, 4, 2, 1, 96, 96), 4.0, F32, None, False)[0]
+    with pytest.warns(UserWarning, match="have no kernel"):
+        _, state = power_retention(q, k, v, log_g, return_final_state=True, implementation="triton")
+    assert state.s.shape == (1, 1, 96 * 97 // 2, 96)
+
+
 BAD = {
     "head dim": ((1, 4, 1, 1, 60, 60), F32, {}, "multiples of 8"),
     "too wide": ((1, 4, 1, 1, 264, 264), F32, {}, "up to 256"),
     "power": ((1, 4, 1, 1, 64, 64), F32, {"power": 6}, "power is 6"),
     "dtype": ((1, 4, 1, 1, 64, 64), torch.float64, {}, "float64"),
     "half": ((1, 4, 1, 1, 64, 64), torch.float16, {}, "overflows"),
-    "states": ((1, 4, 1, 1, 96, 96), F32, {"return_final_state": True}, "states exist for head dims 64 and 128"),
     "documents": ((1, 4, 1, 1, 64, 64), F32, {"cu_seqlens": torch.tensor([0, 9])}, "rise from 0 to T = 4"),
 }
 
