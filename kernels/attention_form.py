@@ -308,7 +308,8 @@ def _key_value_step(
 
 @triton.jit
 def _key_value_gradient_kernel(
-    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_dv_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first, p_end, T, H,
+    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_dv_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first,
+    p_end, T, H,
     P: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -425,10 +426,11 @@ def forward(
 
 
 def delta(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, l_inv: Tensor, G: Tensor | None, documents: Spans | None,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, l_inv: Tensor, G: Tensor | None,
+    documents: Spans | None,
     power: int, exact: bool = True,
 ) -> Tensor:  # fmt: skip
-    """sum_j w_ij / l_i v_j . dy, float32 [B, HQ, T]. `exact` is for sequences that begin here, not with a state."""
+    """sum_j w_ij / l_i v_j . dy, float32 [B, HQ, T]. `exact`: sequences begin here, not with a state."""
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
@@ -450,9 +452,12 @@ class FromStates(NamedTuple):
     dv: Tensor | None = None
 
 
+NOTHING = FromStates()
+
+
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor,
-    delta: Tensor, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = FromStates(),
+    delta: Tensor, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = NOTHING,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write dq, dk and dv; return q . dq [B, HQ, T] and k . dk [B, H, T], float32, whence the gates' gradient."""
     if on_hopper(q, v, power):
@@ -479,7 +484,8 @@ def backward(
     kdk = l_inv.new_empty(B, H, T)
     _key_value_gradient_kernel[(B * H, triton.cdiv(T, BK))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, delta, G, c, stop,
+        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, delta, G, c,
+        stop,
         first, end, T, H, power, HQ // H, K, V, BQ, BK, gated, packed, precision(q.dtype), num_stages,
         num_warps=num_warps,
     )  # fmt: skip

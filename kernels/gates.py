@@ -1,4 +1,4 @@
-"""What every Triton form needs per token: cumulated gates, factors of tiles, spans of documents, the gates' gradient.
+"""What Triton forms need per token: cumulated gates, factors of tiles, spans of documents, the gates' gradient.
 
 B batch, T tokens, H key-value heads, R query heads of each, BQ queries and BK keys in a tile, G cumulated log2
 gates. In memory everything per token is [B, heads, T].

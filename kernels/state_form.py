@@ -1,23 +1,25 @@
-"""Power retention's state form in Triton, forward and backward, for power 2: attention inside chunks, states across.
+"""Power retention's state form in Triton, forward and backward, power 2: attention in chunks, states across.
 
     num_t = a_t phi(q_t) . S_n + (its chunk's part)      S_{n+1} = g_n S_n + sum_{t in n} c_t phi(k_t) v_t^T
 
-n is t's chunk, S_n the state before it, a_t the gates from there to t, c_t from t to the chunk's end, g_n over all of
-it. Backward walks the other way: with dn_t = a_t dy_t / l_t,
+n is t's chunk, S_n the state before it, a_t the gates from there to t, c_t from t to the chunk's end, g_n over all
+of it. Backward walks the other way: with dn_t = a_t dy_t / l_t,
 
     dS_n = g_n dS_{n+1} + sum_{t in n} phi(q_t) dn_t^T      dv_t += c_t phi(k_t) . dS_{n+1}
     dq_ti += 2 sum_j q_tj (S_n,ij . dn_t)                   dk_ti += 2 c_t sum_j k_tj (dS_{n+1},ij . v_t)
 
-phi(x) . S = sum_ij x_i x_j S_ij is a matrix product for a fixed i: rows x_i x by the [K, V] tile S_i, where x_i scales
-the operand in registers. S_ij = S_ji: with the head_dim in four blocks of 32, i in block I needs j in block I and
-after it only. Windows of 128 rows hold what is needed without waste: the blocks of x in the order 0 1 2 3 3 2,
+phi(x) . S = sum_ij x_i x_j S_ij is a matrix product for a fixed i: rows x_i x by the [K, V] tile S_i, where x_i
+scales the operand in registers. S_ij = S_ji: with the head_dim in four blocks of 32, i in block I needs j in block
+I and after it only. Windows of 128 rows hold what is needed without waste; the blocks of x stand as 0 1 2 3 3 2,
 
     window 0   0 1 2 3   i in block 0 (32 tiles)
     window 1   1 2 3 3   i in block 1 for three of them, in block 3 for the last (32 tiles)
     window 2   2 3 3 2   two different i of block 2 (16 tiles)
 
-so a state is 80 tiles of 128 rows, 10240 against D = 8256. With head_dim 64 there is one window, 0 1 0 1, two i at a
-time (32 tiles). The normaliser needs no expanded vector: z is sum c k k^T, [K, K], and phi(q) . z = q z q.
+so a state is 80 tiles of 128 rows, 10240 against D = 8256. With head_dim 64 there is one window, 0 1 0 1, two i at
+a time (32 tiles). The normaliser needs no expanded vector: z is sum c k k^T, [K, K], and phi(q) . z = q z q.
+
+B batch, T tokens, H key-value heads, HQ = H * R query heads, K and V head dims, C tokens a chunk, NC chunks.
 """
 
 from __future__ import annotations
@@ -409,7 +411,7 @@ class Heads(NamedTuple):
 
     x: Tensor  # [B, T, HX, K]
     xT: Tensor  # [B * HX, E, T], rows in the order of the windows; a stride that is a multiple of 16 bytes
-    u: Tensor | None  # [B * HX, T, V]
+    u: Tensor  # [B * HX, T, V], or nothing
     H: int
 
     @property
@@ -418,7 +420,8 @@ class Heads(NamedTuple):
 
 
 class Products:
-    """The state form's three products of one head_dim, dtype and chunk. `hopper.HopperProducts` are the faster ones.
+    """The state form's three products of one head_dim, dtype and chunk. `hopper.HopperProducts` are the faster
+    ones.
 
     States stand as s [B * H, NC, rows, V] in q's dtype and z [B * H, NC, K, K] in float32.
     """
@@ -447,7 +450,8 @@ class Products:
         B, T, HQ, V = y.shape
         BM, num_warps, num_stages = self.tile.query
         _query_kernel[self._grid(e, BM)](
-            *self._boxes(e, BM), self._states(s), z, a, descriptor(y, BM, V), l_inv, s.shape[1], T, e.H, self.C, e.R,
+            *self._boxes(e, BM), self._states(s), z, a, descriptor(y, BM, V), l_inv, s.shape[1], T, e.H, self.C,
+            e.R,
             self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
 
@@ -512,7 +516,7 @@ def prepare(x: Tensor, u: Tensor | None, f: Tensor, H: int, expanded: bool) -> H
     _prepare_kernel[(triton.cdiv(T, 64), B * HX)](
         descriptor(x, 64, K), descriptor(x if u is None else u, 64, V), f, xT, out, T, TP, HX, K, V, E, 64
     )
-    return Heads(x, xT[..., :T], out, H)
+    return Heads(x, xT[..., :T], x.new_empty(0) if out is None else out, H)
 
 
 def _scan(x: Tensor, g: Tensor, first: Tensor | None, reverse: bool, keep: bool) -> Tensor | None:
@@ -545,7 +549,7 @@ def states(
     )
     s_0, z_0 = (None, None) if first is None else (x.flatten(0, 1) for x in to_tiles(first, p.K))
     s_last, z_last = _scan(s, g, s_0, reverse, keep), _scan(z, g, z_0, reverse, keep)
-    return States(s, z, (s_last, z_last) if keep else None)
+    return States(s, z, None if s_last is None or z_last is None else (s_last, z_last))
 
 
 WORKSPACE = 2**30  # bytes that the states of the heads which are done together may take
@@ -589,7 +593,7 @@ def forward(
                 prepare(q[b, :, hq], None, a_q, h.stop - h.start, p.expanded),
                 before.s, before.z, a_q, y[b, :, hq], l_inv[b, hq],
             )  # fmt: skip
-        if keep:
+        if before.last is not None:
             lasts.append(from_tiles(*(x.unflatten(0, (b.stop - b.start, -1)) for x in before.last)))
     return y, l_inv, _gather(lasts, B, H)
 
@@ -639,7 +643,7 @@ def backward(
             del before
         if T > C or initial is not None or d_final is not None:
             after = states(p, queries, w_q, g_h, d_last, initial is not None, reverse=True)
-            if initial is not None:
+            if after.last is not None:
                 d_firsts.append(from_tiles(*(x.unflatten(0, (b.stop - b.start, -1)) for x in after.last)))
             if T > C or d_final is not None:
                 dk_state = p.gradient(keys, after.s, after.z, c_h)
@@ -654,7 +658,7 @@ def backward(
     dlog_g = None
     if log_g is not None:
         last = None  # the last token's gate also decays the whole final state
-        if d_final is not None:
+        if d_final is not None and final is not None:
             last = (d_final.s * final.s).sum((2, 3)) + (d_final.z * final.z).sum(2)
         dlog_g = gate_gradient(qdq, kdk, last, cu_seqlens, 2)
     return dq, dk, dv, dlog_g, _gather(d_firsts, B, H)

@@ -222,7 +222,7 @@ def retention(
     states = initial_state is not None or return_final_state
     if states and not _has_state_form(K, V, power):
         warnings.warn(
-            f"states of head dims {K} and {V}, power {power}, have no kernel: plain PyTorch makes them, far slower",
+            f"states of head dims {K} and {V}, power {power}, have no kernel: plain PyTorch makes them, slowly",
             stacklevel=3,
         )
         return FORMS[q.device.type, "reference"](
@@ -262,11 +262,13 @@ def _by_document(
             state = RetentionState(*(x[rows] for x in initial_state))
         if start < end:
             x = slice(start, end)
-            y, state = retention(
+            y, final = retention(
                 q[:, x], k[:, x], v[:, x], None if log_g is None else log_g[:, x],
                 initial_state=None if initial_state is None else state, cu_seqlens=None, **options,
             )  # fmt: skip
             ys.append(y)
+            state = state if final is None else final
         finals.append(state)
-    final = RetentionState(*map(torch.cat, zip(*finals, strict=True))) if options["return_final_state"] else None
-    return torch.cat(ys, 1), final
+    if not options["return_final_state"]:
+        return torch.cat(ys, 1), None
+    return torch.cat(ys, 1), RetentionState(*map(torch.cat, zip(*finals, strict=True)))

@@ -1,16 +1,17 @@
-"""The attention form backward, for Hopper: power 2, bf16, head dims 64 and 128. `attention_form.py` has the mathematics.
+"""The attention form backward, for Hopper: power 2, bf16, head dims 64 and 128. `attention_form.py` has the
+mathematics.
 
-s and dy . v are made once: five products, where kernels of their own for dq and for dk and dv take seven. A program
-owns 128 keys of a head and holds three warpgroups. One warp loads blocks of 64 queries, of all query heads that share
-the keys, into rings of shared memory; two warpgroups take 64 keys each, keep their dk and dv in registers, and share
-dq: each multiplies all 128 keys by its half of k's columns. Products are asynchronous: the weights of a block are made
-while dp is under way, ds while dv is, and dq leaves while dk is.
+s and dy . v are made once: five products, where kernels of their own for dq and for dk and dv take seven. A
+program owns 128 keys of a head and holds three warpgroups. One warp loads blocks of 64 queries, of all query heads
+that share the keys, into rings of shared memory; two warpgroups take 64 keys each, keep their dk and dv in
+registers, and share dq: each multiplies all 128 keys by its half of k's columns. Products are asynchronous: the
+weights of a block are made while dp is under way, ds while dv is, and dq leaves while dk is.
 
-dq is added up in memory by the copy engine, in fixed point: integers give the same bits in any order (`_row_kernel`
-bounds them). Scores stand as [keys, queries].
+dq is added up in memory by the copy engine, in fixed point: integers give the same bits in any order
+(`_row_kernel` bounds them). Scores stand as [keys, queries].
 
-q, dy and dq together are more than L2 holds, so all programs of a head have to be at the same block of queries at the
-same time: each takes a long and a short block of keys, and walks down over the queries, then up.
+q, dy and dq together are more than L2 holds, so all programs of a head have to be at the same block of queries at
+the same time: each takes a long and a short block of keys, and walks down over the queries, then up.
 """
 
 from __future__ import annotations
@@ -387,8 +388,9 @@ def _row_kernel(
 
     The unit: by Cauchy and Schwarz, over any set of keys, with c one of dq's K components and any sigma > 0,
 
-        |sum_j u_ij dy_i . (v_j - y_i) k_jc|^2 <= (sum_j w_ij / l_i) (sum_j (dy_i . (v_j - y_i) k_jc)^2 / l_i)
-                                               <= |dy_i|^2 / l_i (1 + |y_i|^2 / sigma^2) sum_j (sigma^2 + |v_j|^2) k_jc^2
+        |sum_j u_ij dy_i . (v_j - y_i) k_jc|^2
+            <= (sum_j w_ij / l_i) (sum_j (dy_i . (v_j - y_i) k_jc)^2 / l_i)
+            <= |dy_i|^2 / l_i (1 + |y_i|^2 / sigma^2) sum_j (sigma^2 + |v_j|^2) k_jc^2
 
     a bound of i times a bound of c. sigma^2 is the mean of |v_j|^2. NaN and infinity reach dq through them.
     """
@@ -496,9 +498,8 @@ def backward(
         descriptor(y, BQ, V), descriptor(dy, BQ, V), l_inv, delta, G, first, sigma2, rows, T, H, R, V, BQ, BK,
         gated, packed,
     )  # fmt: skip
-    end = None  # int32 [B, H, key_blocks]: blocks of queries up to the last that sees these keys
-    if G is not None:
-        end = factors(G, first, BQ, BK).stop
+    end = factors(G, first, BQ, BK).stop  # int32 [B, H, key_blocks]
+    if end is not None:  # in blocks of queries, up to the last that sees these keys
         after = torch.arange(BK, T + BK, BK, device=q.device)  # where each block of keys ends
         if span is not None:
             end = torch.minimum(end, span.end[after.clamp(max=T) - 1])
@@ -512,7 +513,8 @@ def backward(
     )
     _backward_kernel[(triton.cdiv(key_blocks, 2), B * H)](
         d_q, d_k, d_v, d_dy, tiles_of(rows, 4 * BQ), tiles_of(sums, BQ, K // 2), d_dk, d_dv,
-        from_states.dk, from_states.dv, kdk, fix_k, G, first, end, T, H, R, BQ, BK, STAGES, gated, packed, num_warps=4,
+        from_states.dk, from_states.dv, kdk, fix_k, G, first, end, T, H, R, BQ, BK, STAGES, gated, packed,
+        num_warps=4,
     )  # fmt: skip
     _query_gradient_kernel[(B * HQ, blocks)](
         sums, descriptor(q, BQ, K), descriptor(dq, BQ, K), from_states.dq, rows, fix_k, qdq, T, H, R, K, BQ

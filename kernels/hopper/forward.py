@@ -1,8 +1,10 @@
-"""The attention form forward, for Hopper: power 2, bf16, head dims 64 and 128. `attention_form.py` has the mathematics.
+"""The attention form forward, for Hopper: power 2, bf16, head dims 64 and 128. `attention_form.py` has the
+mathematics.
 
 A persistent program holds three warpgroups. One warp loads keys, values and column factors into rings of shared
-memory; two warpgroups take 64 queries each and multiply. Each keeps the tensor cores busy with p v of one block while
-it makes p of the next, and the two drift apart, so that one's elementwise work falls into the other's products.
+memory; two warpgroups take 64 queries each and multiply. Each keeps the tensor cores busy with p v of one block
+while it makes p of the next, and the two drift apart, so that one's elementwise work falls into the other's
+products.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def _begin(
 @gluon.jit
 def _load(
     d_q, d_k, d_v, d_c, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    p_begin, p_first, T, BHQ, HQ, H, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
+    p_begin, p_first, T, BHQ, HQ, H,
+    BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One warp: q once a tile, then k, its column factors and v from the diagonal to the left."""
     STAGES: gl.constexpr = s_k.shape[0]
@@ -166,7 +169,7 @@ def _multiply(
             mbarrier.wait(v_full.index(v_stage), v_phase)
             b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
             if FACTORS:
-                since = gl.exp2((G_q - G_e).to(gl.float32))
+                since = gl.exp2((G_q - G_e).to(gl.float32))  # type: ignore[attr-defined]
                 G_e = gl.load(p_Gh + gl.maximum(i_q - j * BK - 1, 0))
                 b_row = b_a * since  # [M]
                 b_c = reinterpret(s_c.index(i_stage), gl.float32, [BK], FLAT).load(LC)  # [BK]

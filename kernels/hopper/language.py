@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: Gluon's operations by one name from Triton 3.6 to 3.9, rings, views of tiles."""
+"""What the kernels for Hopper share: Gluon's operations by one name from Triton 3.6 to 3.9, rings, tiles."""
 
 from __future__ import annotations
 

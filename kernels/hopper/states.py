@@ -1,8 +1,8 @@
 """The state form's three products for Hopper, in Gluon: K and V 128, bf16. `state_form.py` has the mathematics.
 
-Persistent programs of three warpgroups: one warp brings tiles into rings of shared memory, two warpgroups multiply.
-What Triton cannot say is where an operand lives: x stays in registers for the whole loop over a state's 80 tiles,
-in four blocks of 32 columns that every window is put together from, and is scaled there.
+Persistent programs of three warpgroups: one warp brings tiles into rings of shared memory, two warpgroups
+multiply. What Triton cannot say is where an operand lives: x stays in registers for the whole loop over a state's
+80 tiles, in four blocks of 32 columns that every window is put together from, and is scaled there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _rows(s_x, R: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _unit(i):
-    """Of work unit i, four tiles' upper or lower 64 rows: the tile, its first row, blocks of x, indices of scales."""
+    """Of unit i, the upper or lower 64 rows of four tiles: first tile, half, blocks of x, indices of scales."""
     window = gl.minimum(i // 16, 2)
     j = i - 16 * window
     groups = gl.where(window == 2, 4, 8)
@@ -127,7 +127,7 @@ def _sum_multiply(
         mbarrier.wait(full.index(i_stage), i_phase)
         b_a0, b_a1 = _operands(s_x, s_row, i_stage, W, BT, LA)
         for _ in range(1, R * (C // BT)):
-            # A product's operand may not be made while it is under way: the next ones are, then this one is awaited
+            # Operands of a product may not be made while it is under way: the next ones are, then it is awaited
             b_u = as_matrix(s_u.index(i_stage), gl.bfloat16, BT, V)
             b_s0 = warpgroup_mma(b_a0, b_u, b_s0, is_async=True)
             b_s1 = warpgroup_mma(b_a1, b_u, b_s1, is_async=True)
@@ -186,7 +186,7 @@ def _sum_kernel(d_x, d_row, d_u, d_s, NC, N, R, C, BT: gl.constexpr, RING: gl.co
 
 @gluon.jit
 def _place(i, NC, R, TILES):
-    """Of tile i: b * H + h, its chunk, its query head and its first 128 tokens in the chunk; heads of a state together."""
+    """Of tile i: b * H + h, chunk, query head, first of its 128 tokens in the chunk; a state's heads together."""
     m = i % TILES
     i_x = i // TILES % R
     i_n = i // (TILES * R) % NC
@@ -246,7 +246,8 @@ def _window(s_rows, tile, window: gl.constexpr, b_x0, b_x1, b_x2, b_x3, LX: gl.c
 
 @gluon.jit
 def _answer_multiply(
-    s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h, NC, N, R, C, TILES, HX, T,
+    s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h, NC, N, R, C,
+    TILES, HX, T,
     W: gl.constexpr, V: gl.constexpr, NORMALISE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: phi(x) . S of 64 tokens."""
@@ -285,7 +286,7 @@ def _answer_multiply(
         for window in gl.static_range(3):
             b_0, b_1, b_2, b_3 = _window(s_rows, 0, window, b_x0, b_x1, b_x2, b_x3, LX)
             for tile in range(1, 33 - 16 * (window // 2)):
-                # A product's operand may not be made while it is under way: the next is, then this one is awaited
+                # The next operands are made while this product is under way, which is then awaited
                 mbarrier.wait(full.index(i_stage), i_phase)
                 b_s = as_matrix(s_s.index(i_stage), gl.bfloat16, ROWS, V)
                 b_y = warpgroup_mma(b_0, b_s.slice(0, 32, 0), b_y, is_async=True)
@@ -339,7 +340,8 @@ def _answer_kernel(
                 1, V, NORMALISE, RING,
             )),
             (_state_load, (
-                d_x, d_xT, d_x, d_z, d_s, s_x, s_xT, s_x, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES, HX,
+                d_x, d_xT, d_x, d_z, d_s, s_x, s_xT, s_x, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES,
+                HX,
                 NORMALISE, False, RING,
             )),
         ],
@@ -371,7 +373,7 @@ def _gradient_multiply(
     s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, p_w, p_d, NC, N, R, C, TILES, T,
     W: gl.constexpr, V: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: with P_ij = S_ij . u, x_i P_ij belongs to d_j, and x_j P_ij of the j in a later block to d_i."""
+    """Warpgroup W: with P_ij = S_ij . u, x_i P_ij belongs to d_j, and x_j P_ij of j in a later block to d_i."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     LA: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -393,8 +395,7 @@ def _gradient_multiply(
         b_w = gl.load(p_w + i_x.to(gl.int64) * T + o_t, m_t, 0)  # [M]
         mbarrier.wait(x_full.index(W), x_phase)
         x_phase ^= 1
-        b_x0 = s_xm.slice(0, 32, 1).load(LB)  # [M, 32]
-        b_x1 = s_xm.slice(32, 32, 1).load(LB)
+        b_x1 = s_xm.slice(32, 32, 1).load(LB)  # [M, 32]
         b_x2 = s_xm.slice(64, 32, 1).load(LB)
         b_x3 = s_xm.slice(96, 32, 1).load(LB)
         b_u = as_matrix(s_u.index(W), gl.bfloat16, M, V).load(LA)  # [M, V]
@@ -474,7 +475,8 @@ def _gradient_kernel(d_x, d_xT, d_u, d_z, d_s, p_w, p_d, NC, N, R, C, TILES, HX,
                 s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, p_w, p_d, NC, N, R, C, TILES, T, 1, V, RING,
             )),
             (_state_load, (
-                d_x, d_xT, d_u, d_z, d_s, s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES, HX,
+                d_x, d_xT, d_u, d_z, d_s, s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES,
+                HX,
                 True, True, RING,
             )),
         ],

@@ -1,8 +1,9 @@
 """Compile for a Hopper GPU, without one, every kernel that a call would launch; print what each needs.
 
-`python tests/kernels/sm90.py` writes JSON: kernel -> the most registers and bytes of stack (spills) of its variants,
-and how often ptxas gave up on asynchronous matrix products. In a process of its own: Triton is told that there is a
-GPU, and kernels are compiled where they would be launched. `--update` writes the figures that the test holds.
+`python tests/kernels/sm90.py` writes JSON: kernel -> the most registers and bytes of stack (spills) of its
+variants, and how often ptxas gave up on asynchronous matrix products. In a process of its own: Triton is told that
+there is a GPU, and kernels are compiled where they would be launched. `--update` writes the figures that the test
+holds.
 """
 
 import json
