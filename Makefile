@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in $(PYTHONS); do if $$p -c '$(IS_SUPPORTED)' 2>/dev/nul
 BIN := .venv/bin
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint style types imports format clean
+.PHONY: help setup demo test chaos lint style types imports format clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | column -t -s $$'\t'
@@ -22,6 +22,9 @@ demo: .venv/.demo  ## convert, retrain and sample a small model on this machine
 
 test: .venv/.dev  ## run the tests; PYTEST_ARGS="-k launch -x" narrows them
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: .venv/.dev  ## kill, hang and damage runs 25 times; a quarter of an hour on two cores
+	BRUMBY_CHAOS_RUNS=5 $(BIN)/python -m pytest -q tests/launch/test_chaos.py
 
 lint: style types imports  ## check style, types and who imports whom
 

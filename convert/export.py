@@ -1,9 +1,6 @@
 """A training checkpoint becomes a Hugging Face model that needs no package of ours to load."""
 
-import contextlib
-import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from brumby import kernels, model
 from brumby.convert.files import save
+from brumby.convert.pieces import PiecesReader
 
 # Files that `trust_remote_code` loads from the model's folder, where they lie side by side.
 CODE = {
@@ -38,8 +35,7 @@ def export(
     Memory: the checkpoint's float32 weights are mapped, not read; at most one shard is held.
 
     Args:
-        checkpoint: a DeepSpeed checkpoint folder of any ZeRO stage, as training writes it. DeepSpeed's
-            files are pickles: export none that you did not write.
+        checkpoint: a folder of `checkpoints/`, as training writes it.
         start: the converted checkpoint that the run began with: config and tokenizer.
         out: the model's folder; made under a temporary name, then renamed.
         dtype: "bfloat16" or "float32".
@@ -58,7 +54,7 @@ def export(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(start, unfinished, ignore=shutil.ignore_patterns(*WEIGHTS))
-        write_shards(read_weights(checkpoint), config, getattr(torch, dtype), unfinished, max_shard_bytes)
+        write_shards(PiecesReader(checkpoint), config, getattr(torch, dtype), unfinished, max_shard_bytes)
         write_code(unfinished)
         config |= {"dtype": dtype, "auto_map": AUTO_MAP}
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -69,20 +65,6 @@ def export(
     Console().print(f"{out}: exported {checkpoint.name} in {dtype}")
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Names and float32 tensors, lazily read where ZeRO keeps them in parts."""
-    if any(checkpoint.glob("*_optim_states.pt")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
-    else:  # ZeRO stage 0 keeps the weights whole
-        file = checkpoint / "mp_rank_00_model_states.pt"
-        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # the objective's own name
-
-
 def expected_shapes(config: dict) -> dict[str, torch.Size]:
     with torch.device("meta"):
         empty = model.BrumbyForCausalLM(model.BrumbyConfig.from_dict(config))
@@ -90,18 +72,14 @@ def expected_shapes(config: dict) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in empty.state_dict().items() if name != tied}
 
 
-def write_shards(
-    weights: dict[str, Tensor], config: dict, dtype: torch.dtype, folder: Path, max_bytes: int
-) -> None:
+def write_shards(weights: PiecesReader, config: dict, dtype: torch.dtype, folder: Path, max_bytes: int) -> None:
     """`model-0000i-of-0000n.safetensors` and their index.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model's.
     """
     shapes = expected_shapes(config)
-    wrong = [
-        name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != tuple(shape)
-    ]
+    wrong = [name for name, shape in shapes.items() if weights.shapes.get(name) != tuple(shape)]
     if wrong:
         raise ValueError(
             f"the checkpoint does not fit the model: {', '.join(wrong[:5])} missing or of another shape"
@@ -111,7 +89,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(track(shards, description="writing shards", transient=True)):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: weights[name].contiguous().to(dtype) for name in names}
+        tensors = {name: weights.weight(name).to(dtype) for name in names}
         save(tensors, folder / file)
         weight_map |= dict.fromkeys(names, file)
     total = sum(shape.numel() * item_bytes for shape in shapes.values())

@@ -50,12 +50,33 @@ def train(config: DictConfig) -> int:
 def launch(config: DictConfig) -> int:
     """Retrain on several ranks, here or on the hosts of a hostfile."""
     from brumby.launch.cluster import LaunchConfig, launch, preflight
+    from brumby.launch.doctor import examine, require
     from brumby.launch.runs import create_or_resume
+    from brumby.train.config import load
 
-    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env")
+    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env", "restarts", "min_hosts", "grace")
     cluster = LaunchConfig(**plain(OmegaConf.create({name: config.pop(name) for name in names})))
     preflight(cluster)
+    if cluster.multi_host:
+        resumed = load(Path(config.resume)) if config.resume else None
+        model, root = (resumed.model, resumed.data.root) if resumed else (config.model, config.data.root)
+        require(examine(cluster, [str(model), str(root)]))
     return launch(cluster, create_or_resume(config, cluster.num_ranks))
+
+
+def doctor(config: DictConfig) -> int:
+    """Say what this machine or a cluster can run and what is missing; 1 if anything is."""
+    from brumby.launch.cluster import LaunchConfig
+    from brumby.launch.doctor import all_reduce, examine, show
+
+    options = plain(config)
+    paths, runs_dir = options.pop("paths"), options.pop("runs_dir")
+    cluster = LaunchConfig(**options)
+    findings = examine(cluster, paths)
+    if not any(finding.subject == "answer" for finding in findings):
+        findings += all_reduce(cluster, Path(runs_dir))
+    show(findings)
+    return int(any(finding.advice for finding in findings))
 
 
 def export(config: DictConfig) -> int:
@@ -80,7 +101,7 @@ def generate(config: DictConfig) -> int:
 
 
 COMMANDS: dict[str, Callable[[DictConfig], int]] = {
-    command.__name__: command for command in (convert, prepare, train, launch, export, generate)
+    command.__name__: command for command in (convert, prepare, train, launch, export, generate, doctor)
 }
 
 

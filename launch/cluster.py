@@ -22,12 +22,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
 
+from omegaconf import DictConfig, OmegaConf
+
 from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ssh
-from brumby.launch.supervise import supervise
+from brumby.launch.supervise import first_error, supervise
+from brumby.train import status
+from brumby.train.checkpoint import completed, step_of
+from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "torchrun": {},
@@ -56,6 +62,10 @@ class LaunchConfig:
         ranks_per_host: None is the hostfile's slots, else the number of CUDA devices here, else 1.
         master_port: Where rank 0 gathers the others; None is a port that is free here.
         env: Variables for the ranks, beyond those passed on from this environment.
+        restarts: How often a run that failed is started again without a checkpoint more than before.
+        min_hosts: If after a failure not all hosts answer in time, go on with those that do, if there are so many;
+            None waits for all or gives up.
+        grace: Seconds to save and stop after a first signal.
         module: What each rank runs; its argument is the run directory.
 
     Raises:
@@ -67,8 +77,12 @@ class LaunchConfig:
     ranks_per_host: int | None = None
     master_port: int | None = None
     env: dict[str, str] = field(default_factory=dict)
+    restarts: int = 3
+    min_hosts: int | None = None
+    grace: float = 300.0
     module: str = "brumby.train"
     slots: dict[str, int] = field(init=False)  # host -> number of ranks
+    any_port: bool = field(init=False)  # each attempt takes a port that is free here
 
     def __post_init__(self) -> None:
         in_allocation = "SLURM_JOB_ID" in os.environ
@@ -80,6 +94,12 @@ class LaunchConfig:
             raise ValueError(f"ranks_per_host is {self.ranks_per_host}; it must be at least 1")
         if self.master_port is not None and not 1024 <= self.master_port <= 65535:
             raise ValueError(f"master_port is {self.master_port}; expected a port from 1024 to 65535")
+        if self.restarts < 0:
+            raise ValueError(f"restarts is {self.restarts}; it must not be negative")
+        if self.min_hosts is not None and self.min_hosts < 1:
+            raise ValueError(f"min_hosts is {self.min_hosts}; it must be at least 1")
+        if not self.grace > 0:
+            raise ValueError(f"grace is {self.grace} seconds; it must be above 0")
         if self.multi_host and not self.hosts:
             raise ValueError(f"launcher={self.launcher} needs hosts=HOSTFILE with lines like 'host slots=8'")
         if self.hosts and not self.multi_host:
@@ -90,7 +110,8 @@ class LaunchConfig:
             if which(program) is None:
                 raise ValueError(f"launcher={self.launcher}: there is no {program} on the PATH ({remedy})")
         self.slots = self._slots()
-        if self.master_port is None and self.launcher != "torchrun":  # torchrun finds one itself
+        self.any_port = self.master_port is None
+        if self.any_port and self.launcher != "torchrun":
             self.master_port = _free_port()
 
     def _slots(self) -> dict[str, int]:
@@ -112,33 +133,117 @@ class LaunchConfig:
 
 
 def launch(config: LaunchConfig, run_dir: Path) -> int:
-    """Run every rank of `run_dir` and wait: output on the terminal and in `logs/launch.log`.
+    """Run every rank of `run_dir` and wait: output of rank 0 on the terminal and in `logs/launch.log`.
 
-    On one machine and under Slurm that is a host's first rank; the others write to files below `logs/`.
-    Ctrl-C, SIGTERM and SIGHUP reach rank 0 as one SIGTERM, on which all ranks save a checkpoint and stop.
+    The other ranks write to files of their own in `logs/`. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP reach rank 0 as
+    one SIGTERM, on which all ranks save a checkpoint and stop. When a rank dies or hangs, the rest are ended and
+    all are started again from the newest checkpoint.
 
     Returns:
-        0, the launcher's exit code, or 130 if interrupted.
+        0, the launcher's exit code, 2 or 3 if the ranks refused the run or it diverged, or 130 if interrupted.
 
     Raises:
         ValueError: something is missing here or on a host. Nothing was started.
     """
     run_dir = run_dir.absolute()
-    argv, env = command(config, run_dir)
+    command(config, run_dir)  # refuses what it cannot carry, before anything is asked of the hosts
     preflight(config, run_dir)
+    if config.multi_host and "WANDB_API_KEY" in os.environ:
+        print("WANDB_API_KEY is not sent to the hosts; they read ~/.netrc, which `wandb login` writes")
+    attempts = config.restarts
+    while True:
+        reached = newest_step(run_dir)
+        code = _attempt(config, run_dir)
+        rows = status.read(run_dir)
+        codes = {row["code"] for row in rows}
+        if code == 0:
+            return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else 0
+        if code == EXIT_INTERRUPTED:
+            return code
+        print(first_error(rows, config.num_ranks) or f"the launcher failed with exit code {code}", file=sys.stderr)
+        if codes & {EXIT_BAD_INPUT, EXIT_DIVERGED}:
+            return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else EXIT_DIVERGED
+        attempts = config.restarts if newest_step(run_dir) > reached else attempts - 1
+        if attempts < 0:
+            print(f"given up: {config.restarts} restarts without a checkpoint more; logs: {run_dir / 'logs'}")
+            return code
+        print(f"starting again; the newest checkpoint is of step {newest_step(run_dir)}", file=sys.stderr)
+        if not _wait_for_hosts(config, run_dir):
+            return code
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max((step_of(folder) for folder in completed(run_dir)), default=0)
+
+
+def _attempt(config: LaunchConfig, run_dir: Path) -> int:
+    """Start all ranks once and wait for them; the launcher's exit code, or 130."""
+    if config.any_port and config.launcher != "torchrun":  # torchrun finds one itself
+        config.master_port = _free_port()
+    argv, env = command(config, run_dir)
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
-    for old in logs.glob("*.pid"):
+    for old in [*logs.glob("*.pid"), *logs.glob("rank-*.json")]:
         old.unlink()
     if config.multi_host:
-        if "WANDB_API_KEY" in os.environ:
-            print("WANDB_API_KEY is not sent to the hosts; they read ~/.netrc, which `wandb login` writes")
         hostfile = (f"{host} slots={slots}\n" for host, slots in config.slots.items())
         (logs / "hostfile").write_text("".join(hostfile))
         variables = (f"{name}={value}\n" for name, value in exports(config).items())
         (logs / "launch.env").write_text("".join(variables))
+    # Ranks end themselves after step_timeout; this is for those that cannot.
+    limit = _patience(run_dir)
+    started = time.time()
+
+    def stalled() -> bool:
+        signs = [path.stat().st_mtime for path in (logs / "rank-00000.json",) if path.exists()]
+        return time.time() - max([started, *signs]) > limit
+
     interrupt = functools.partial(_interrupt, config, logs)
-    return supervise(argv, env, logs / "launch.log", interrupt, functools.partial(_end, config, logs))
+    end = functools.partial(_end, config, logs)
+    return supervise(argv, env, logs / "launch.log", interrupt, end, stalled, config.grace)
+
+
+def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
+    """Wait until every host answers and has no rank of this run left; False if too few do in time.
+
+    Hosts that do not answer are left out of `config.slots`, if `config.min_hosts` allows it.
+    """
+    if not config.multi_host:
+        return True
+    deadline = time.monotonic() + _patience(run_dir)
+    waiting = list(config.slots)
+    while waiting and time.monotonic() < deadline:
+        waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
+        if waiting:
+            time.sleep(2)
+    if not waiting:
+        return True
+    print(f"no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
+    left = {host: slots for host, slots in config.slots.items() if host not in waiting}
+    if config.min_hosts is None or len(left) < config.min_hosts:
+        return False
+    print(f"going on with {', '.join(left)}", file=sys.stderr)
+    config.slots = left
+    return True
+
+
+def _patience(run_dir: Path) -> float:
+    """Seconds within which ranks that hang have ended themselves."""
+    config = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return 2 * config.get("step_timeout", 1800)
+
+
+def _is_clear(config: LaunchConfig, run_dir: Path, host: str) -> bool:
+    """Whether `host` answers and runs no rank; one that is left is told to end."""
+    index = list(config.slots).index(host)
+    pid_file, run = shlex.quote(str(run_dir / "logs" / f"host-{index}.pid")), shlex.quote(str(run_dir))
+    script = (
+        f"test -s {pid_file} || exit 0; pid=$(cat {pid_file}); "
+        f"grep -qsF -- {run} /proc/$pid/cmdline || exit 0; kill -TERM $pid; exit 1"
+    )
+    return _quietly([*ssh(host), script])
 
 
 def preflight(config: LaunchConfig, run_dir: Path | None = None) -> None:
@@ -171,9 +276,6 @@ def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, s
         argv += ["--standalone"]
     else:
         argv += ["--master-addr=127.0.0.1", f"--master-port={config.master_port}"]
-    if ranks > 1:  # a host's first rank speaks, the others write to files
-        silent = ",".join(f"{rank}:3" for rank in range(1, ranks))
-        argv += [f"--log-dir={run_dir / 'logs'}", f"--redirects={silent}"]
     argv += ["-m", *_rank(config, run_dir)]
     threads = max(1, (os.cpu_count() or 1) // ranks)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ, **config.env}
@@ -256,7 +358,11 @@ def _kill(pid_file: Path) -> str:
 
 
 def _quietly(argv: list[str]) -> bool:
-    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    """Whether a command succeeds, within a minute: a host may not answer at all."""
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _num_devices() -> int:

@@ -22,6 +22,12 @@ def main(module: str, run_dir: str) -> None:
         if source in os.environ:
             os.environ[name] = os.environ[source]
     logs = Path(run_dir, "logs")
+    if os.environ["RANK"] != "0":  # rank 0 speaks for all, on the terminal and in launch.log
+        descriptor = os.open(
+            logs / f"rank-{int(os.environ['RANK']):05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
     if os.environ["LOCAL_RANK"] == "0" and "CROSS_RANK" in os.environ:  # the host's index, from DeepSpeed
         (logs / f"host-{os.environ['CROSS_RANK']}.pid").write_text(f"{os.getppid()}\n")
     if os.environ["RANK"] == "0":

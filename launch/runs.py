@@ -1,15 +1,17 @@
 """Run directories: made whole, or taken up again."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
+from safetensors import safe_open
 
 from brumby.data import Batches, check_divisible
 from brumby.train import config as run_config
-from brumby.train.checkpoint import completed, step_of
+from brumby.train.checkpoint import completed, problems, step_of
 from brumby.train.config import RunConfig
 
 
@@ -30,6 +32,7 @@ def create_or_resume(config: DictConfig, num_ranks: int) -> Path:
     if run.run_dir.exists():
         raise ValueError(f"{run.run_dir} exists; go on with `resume={run.run_dir}`, or choose another name")
     check(run, num_ranks)
+    check_space(run)
     return create(run)
 
 
@@ -55,6 +58,27 @@ def check(run: RunConfig, num_ranks: int) -> None:
         )
 
 
+def check_space(run: RunConfig) -> None:
+    """See that the disk holds the checkpoints that are kept, and the one that is being written beside them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    files = [safe_open(path, "pt") for path in Path(run.model).glob("*.safetensors")]
+    shapes = [file.get_slice(name).get_shape() for file in files for name in file.keys()]  # noqa: SIM118
+    elements = sum(math.prod(shape) for shape in shapes)
+    checkpoint = 12 * elements  # float32 weights and two moments
+    needed = (run.keep_checkpoints + 1) * checkpoint
+    parent = next(p for p in run.run_dir.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"{parent} has {free / 1e9:.3g} GB free; {run.keep_checkpoints + 1} checkpoints of "
+            f"{checkpoint / 1e9:.3g} GB need {needed / 1e9:.3g} GB. Choose another runs_dir, or lower "
+            "keep_checkpoints"
+        )
+
+
 def create(run: RunConfig) -> Path:
     """Make the run directory under a temporary name, then give it its own."""
     unfinished = run.run_dir.with_name(f".{run.run_dir.name}.{os.getpid()}")
@@ -73,11 +97,16 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
     """The run's checkpoint of `step`, or its newest.
 
     Raises:
-        ValueError: there is none; the message names those that are there.
+        ValueError: there is none, and the message names those that are there; or it is damaged.
     """
     found = {step_of(folder): folder for folder in completed(run_dir)}
     if not found:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     if step is not None and step not in found:
         raise ValueError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-    return found[step if step is not None else max(found)]
+    folder = found[step if step is not None else max(found)]
+    if wrong := problems(folder):
+        raise ValueError(
+            f"{folder} is damaged: {'; '.join(wrong)}. The run has steps {', '.join(map(str, found))}"
+        )
+    return folder

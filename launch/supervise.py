@@ -26,12 +26,14 @@ def supervise(
     log: Path,
     interrupt: Callable[[subprocess.Popen], bool],
     end: Callable[[subprocess.Popen], None],
+    stalled: Callable[[], bool],
+    grace: float,
 ) -> int:
-    """Run `argv` and return its exit code, or 130 after Ctrl-C, SIGTERM or SIGHUP.
+    """Run `argv` and return its exit code, or 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
 
     The launcher gets a session of its own, so that signals reach it only from here. The first signal asks the
-    ranks to save and stop; a second one ends them. When pdsh reports that a host has failed, the others are
-    ended too: they would wait for it in a collective.
+    ranks to save and stop, within `grace` seconds; a second one ends them. When pdsh reports that a host has
+    failed, or nothing moves any more, all are ended: they would wait for each other in a collective.
 
     Args:
         argv: The launcher's command line.
@@ -39,8 +41,10 @@ def supervise(
         log: File that its output is appended to.
         interrupt: Asks the ranks to stop; False if they could not be asked yet.
         end: Ends ranks that do not stop by themselves.
+        stalled: Whether the ranks have made no progress for too long.
     """
     host_failed = threading.Event()
+    failed = lambda: host_failed.is_set() or stalled()  # noqa: E731
     interrupted = False
     with log.open("a") as copy, LiveLog() as terminal, _signals_interrupt():
         process = subprocess.Popen(
@@ -57,15 +61,17 @@ def supervise(
         tee.start()
         try:
             try:
-                _wait(process, host_failed)
+                _wait(process, failed)
             except KeyboardInterrupt:
                 interrupted = True
                 print("interrupted: the ranks save and stop; interrupt again to end them", file=sys.stderr)
                 with contextlib.suppress(KeyboardInterrupt):
-                    while process.poll() is None and not interrupt(process):
+                    deadline = time.monotonic() + grace
+                    while process.poll() is None and not interrupt(process) and time.monotonic() < deadline:
                         time.sleep(1)
-                    _wait(process, host_failed)
-                    _wait(process, timeout=END_SECONDS / 2)  # the other hosts stop a little later
+                    _wait(process, failed, timeout=deadline - time.monotonic())
+                    if host_failed.is_set():
+                        _wait(process, timeout=END_SECONDS / 2)  # the other hosts stop a little later
             if process.poll() is None:
                 end(process)
                 _wait(process, timeout=END_SECONDS)
@@ -77,24 +83,23 @@ def supervise(
     if interrupted:
         return INTERRUPTED
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    return code or int(host_failed.is_set())
+    return code or int(failed())
 
 
 def _wait(
-    process: subprocess.Popen, host_failed: threading.Event | None = None, timeout: float = math.inf
+    process: subprocess.Popen, failed: Callable[[], bool] = lambda: False, timeout: float = math.inf
 ) -> None:
-    """Wait until the process ends, a host fails, or `timeout` seconds have passed."""
+    """Wait until the process ends, something failed, or `timeout` seconds have passed."""
     deadline = time.monotonic() + timeout
-    while process.poll() is None and time.monotonic() < deadline:
-        if host_failed is not None and host_failed.is_set():
-            return
+    while process.poll() is None and time.monotonic() < deadline and not failed():
         time.sleep(0.2)
 
 
 def _tee(lines: IO[str], copy: IO[str], terminal: LiveLog, host_failed: threading.Event) -> None:
     for line in lines:
-        copy.write(line)
-        copy.flush()
+        with contextlib.suppress(OSError):  # a full disk: the pipe must be read all the same
+            copy.write(line)
+            copy.flush()
         terminal.write(line)
         if FAILED_HOST.match(line):
             host_failed.set()
@@ -102,8 +107,8 @@ def _tee(lines: IO[str], copy: IO[str], terminal: LiveLog, host_failed: threadin
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, unless they are ignored (nohup)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """Let SIGTERM, SIGUSR1 and SIGHUP raise KeyboardInterrupt as Ctrl-C does, unless they are ignored (nohup)."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     try:
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:
@@ -112,3 +117,27 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def first_error(rows: list[dict], num_ranks: int) -> str:
+    """Why an attempt failed, in lines; what is likely to have come first stands first.
+
+    Args:
+        rows: of `brumby.train.status`, as the ranks left them.
+    """
+    clock = lambda row: time.strftime("%H:%M:%S", time.localtime(row["time"]))  # noqa: E731
+    lines = [
+        f"rank {row['rank']} on {row['host']} (process {row['pid']}) was killed without a word: by the system "
+        "(out of memory?), with its host, or because another rank had failed"
+        for row in rows
+        if row["state"] == "running"
+    ]
+    lines += [
+        f"rank {row['rank']} on {row['host']} {row['state']} at {clock(row)}: {row['error']}"
+        for row in sorted(rows, key=lambda row: row["time"])
+        if row["code"]
+    ]
+    silent = sorted(set(range(num_ranks)) - {row["rank"] for row in rows})
+    if silent:
+        lines.append(f"ranks {', '.join(map(str, silent))} never started")
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """One rank of a run: `python -m brumby.train RUN`, started by torchrun or DeepSpeed's launcher."""
 
 import argparse
+import faulthandler
 import logging
 import os
 import signal
@@ -8,32 +9,58 @@ import sys
 import warnings
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, Status
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+log = logging.getLogger(__name__)
 
 
 def run(run_dir: Path) -> int:
-    """Train the run in this process; the exit code: 0 complete, 2 bad input, 130 interrupted and saved."""
+    """Train the run in this process.
+
+    Returns:
+        The exit code: 0 complete, 1 failed, 2 bad input, 3 diverged (starting it again does not help), 130
+        interrupted: saved, unless a second signal cut it short.
+    """
+    status = Status(run_dir)
+    try:
+        code, error = _train(run_dir, status)
+    except BaseException as raised:
+        status.write("failed", EXIT_FAILED, f"{type(raised).__name__}: {raised}")
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    states = {0: "complete", EXIT_BAD_INPUT: "refused", EXIT_DIVERGED: "diverged", EXIT_INTERRUPTED: "interrupted"}
+    status.write(states[code], code, error)
+    return code
+
+
+def _train(run_dir: Path, status: Status) -> tuple[int, str]:
     quieten()
     import torch.distributed as dist
 
     from brumby.train.config import load
+    from brumby.train.guard import DivergenceError
     from brumby.train.trainer import Trainer
 
     try:
-        complete = Trainer(load(run_dir)).fit()
+        complete = Trainer(load(run_dir), status.beat).fit()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT, str(error)
+    except DivergenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DIVERGED, str(error)
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED, "interrupted a second time"
     # All is saved. A launcher that sees one rank end signals the others, which must not take it for a failure.
     dist.barrier()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     dist.destroy_process_group()  # gloo's threads must not outlive the interpreter
     if not complete and int(os.environ["RANK"]) == 0:
         log.warning("stopped and saved; go on with resume=%s", run_dir)
-    return 0 if complete else EXIT_INTERRUPTED
+    return (0 if complete else EXIT_INTERRUPTED), ""
 
 
 def quieten() -> None:

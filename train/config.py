@@ -62,6 +62,34 @@ class WandbConfig:
 
 
 @dataclass
+class StabilityConfig:
+    """Which steps are not applied, and when the run gives up: see `brumby.train.guard`.
+
+    Args:
+        spike: Robust deviations above the median of loss or gradient norm from which a step is not applied.
+        window: Steps that the median is over.
+        max_in_a_row: So many such steps in a row send the run back to the checkpoint before them.
+        max_returns: So many returns, and the next one stops the run.
+        compare_every: Steps between comparisons of the ranks' weights.
+    """
+
+    spike: float = 8.0
+    window: int = 64
+    max_in_a_row: int = 8
+    max_returns: int = 3
+    compare_every: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.spike > 0:
+            raise ValueError(f"stability.spike is {self.spike}; it must be above 0")
+        for name in ("window", "max_in_a_row", "compare_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stability.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_returns < 0:
+            raise ValueError(f"stability.max_returns is {self.max_returns}; it must not be negative")
+
+
+@dataclass
 class RunConfig:
     """One retraining run.
 
@@ -74,6 +102,8 @@ class RunConfig:
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping it.
         checkpoint_every: Steps between checkpoints; the last step always has one.
         keep_checkpoints: How many of the newest stay on disk.
+        keep_every: A multiple of `checkpoint_every`; checkpoints of every so many steps stay too.
+        step_timeout: Seconds after which a rank that has not finished its step ends itself, with a traceback.
         measure_every: Steps between measurements of the base's loss and the gates on the step's batch.
 
     Raises:
@@ -90,9 +120,12 @@ class RunConfig:
     activation_checkpointing: bool = False
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    step_timeout: float = 1800.0
     measure_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -105,6 +138,12 @@ class RunConfig:
         for name in ("micro_batch", "checkpoint_every", "keep_checkpoints", "measure_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every is {self.keep_every}; must be a multiple of checkpoint_every={self.checkpoint_every}"
+            )
+        if not self.step_timeout > 0:
+            raise ValueError(f"step_timeout is {self.step_timeout} seconds; it must be above 0")
 
     @property
     def run_dir(self) -> Path:

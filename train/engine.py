@@ -10,6 +10,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import OptimizerConfig, RunConfig
+from brumby.train.guard import Guard
 from brumby.train.objective import CrossEntropy
 
 
@@ -44,7 +45,10 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
         "gradient_clipping": config.optimizer.clip_grad_norm if train else 0.0,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": True,
+        },  # or it applies what is not finite
         "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -83,8 +87,8 @@ def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -
     return model
 
 
-def build_engine(config: RunConfig, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    """The model under training, with AdamW and ZeRO."""
+def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.DeepSpeedEngine, Guard]:
+    """The model under training, with AdamW and ZeRO, and what keeps bad steps from it."""
     world_size = dist.get_world_size()
     model = load_model(config, world_size, use_exp=False, train=True)
     if config.activation_checkpointing:
@@ -95,10 +99,12 @@ def build_engine(config: RunConfig, device: torch.device) -> deepspeed.DeepSpeed
         eps=config.optimizer.eps,
         fused=device.type == "cuda",
     )
+    # From the start: at stage 0 in bf16 DeepSpeed makes a step without gradients, which decays the weights.
+    guard = Guard(optimizer, config.stability)
     engine, *_ = deepspeed.initialize(
         model=CrossEntropy(model.train()), optimizer=optimizer, config=deepspeed_config(config, world_size)
     )
-    return engine
+    return engine, guard
 
 
 def build_base(config: RunConfig, device: torch.device) -> nn.Module:

@@ -1,5 +1,6 @@
 """`loss.png`: the run's loss against tokens, its phases marked, the base's loss beside it."""
 
+import math
 from pathlib import Path
 
 
@@ -18,7 +19,7 @@ def plot_loss(rows: list[dict], phase_starts: list[tuple[str, int]], path: Path)
     axes = figure.add_subplot()
     axes.plot(
         [r["tokens_seen"] for r in rows],
-        [r["loss"] for r in rows],
+        [math.nan if r["loss"] is None else r["loss"] for r in rows],
         label="retention (this run)",
         linewidth=1.2,
     )

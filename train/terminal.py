@@ -22,7 +22,7 @@ def step_line(row: dict, num_steps: int, base_loss: float | None) -> str:
     fields = {
         "step": f"{row['step']}/{num_steps}",
         "phase": row["phase"],
-        "loss": f"{row['loss']:.3f}",
+        "loss": "-" if row["loss"] is None else f"{row['loss']:.3f}",
         "base": "-" if base_loss is None else f"{base_loss:.3f}",
         "tokens": f"{row['tokens_seen']:,}",
         "tokens/s": f"{row['tokens_per_second']:,.0f}",

@@ -20,6 +20,8 @@ FINISH_SECONDS = 60
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, flushed as it is written.
 
+    On a full disk rows wait in memory for space; the training goes on.
+
     Args:
         path: the file; it is made if it is not there.
         steps: keep the rows of the first `steps` steps and drop what an interrupted run wrote later.
@@ -30,11 +32,18 @@ class MetricsFile:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.rename(path)
-        self.file = path.open("a")
+        self.file = path.open("ab", buffering=0)
+        self.waiting = b""
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        was_waiting = bool(self.waiting)
+        self.waiting += json.dumps(row).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not was_waiting:
+                log.warning("%s: rows wait for space: %s", self.file.name, error)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -90,7 +99,8 @@ class Wandb:
     def log(self, row: dict) -> None:
         """One step's figures; all are drawn against `tokens_seen`."""
         if self.run is not None:
-            self._try(lambda: self.run.log(row))
+            sent = {name: value for name, value in row.items() if name != "sample_ids"}  # no list of words there
+            self._try(lambda: self.run.log(sent))
 
     def log_picture(self, path: Path) -> None:
         if self.run is not None:

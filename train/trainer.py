@@ -1,11 +1,13 @@
 """The training loop. A step: take its batches, sum the loss over them, step, measure, record."""
 
+import faulthandler
 import json
 import logging
 import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from brumby.data import Batch, Batches, check_divisible
 from brumby.data.batches import IGNORE_INDEX
-from brumby.train import checkpoint
+from brumby.train.checkpoint import Checkpoints
 from brumby.train.config import RunConfig
 from brumby.train.engine import build_base, build_engine, setup_distributed
+from brumby.train.guard import DivergenceError, check_ranks
 from brumby.train.objective import inputs
+from brumby.train.partition import comparable, num_updates
 from brumby.train.plot import plot_loss
 from brumby.train.schedule import lr_ratio
 from brumby.train.terminal import LiveLog, step_line
@@ -27,31 +31,33 @@ from brumby.train.tracking import MetricsFile, Wandb, read_metrics
 log = logging.getLogger(__name__)
 
 
-class DivergenceError(RuntimeError):
-    """The loss or the gradient is no longer a finite number."""
-
-
 class Trainer:
     """One rank of a run. `fit` trains from the newest checkpoint, or from the converted model, to the end.
+
+    Args:
+        beat: called after every step.
 
     Raises:
         ValueError: the configuration does not fit the data, the model or the number of ranks.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, beat: Callable[[], None]) -> None:
+        self.config, self.beat = config, beat
         self.batches = Batches(config.data)
         self.total_tokens = self.batches.num_steps * self.batches.tokens_per_step
         lr_ratio(config.schedule, 0, self.total_tokens)  # fails here, not after the models are loaded
         self.stop = False
-        for name in ("SIGINT", "SIGTERM"):
+        self.checkpoint_seconds = 0.0  # that the training waited for the checkpoint before the next step
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             signal.signal(getattr(signal, name), self._on_signal)
 
+        self._watch()
         self.device = setup_distributed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         check_divisible(config.data.sequences_per_step, self.world_size, config.micro_batch)
-        self.engine = build_engine(config, self.device)
+        self.engine, self.guard = build_engine(config, self.device)
         self.base = build_base(config, self.device)
+        self.checkpoints = Checkpoints(config, self.engine, self.device)
         model = self.engine.module.model
         self.layers = model.model.layers
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -64,42 +70,103 @@ class Trainer:
         self.stop = True
         log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 
+    def _watch(self) -> None:
+        """End this process, showing where each thread stands, if the next call does not come in time.
+
+        The others would wait for a rank that hangs, or whose host cannot be reached, for ever.
+        """
+        faulthandler.dump_traceback_later(self.config.step_timeout, exit=True)
+
     def fit(self) -> bool:
         """Train to the end, or until a signal asks to stop. True if the run is complete.
 
         Raises:
-            DivergenceError: the loss or the gradient norm is not finite; the last checkpoint is kept.
+            DivergenceError: too many steps could not be applied, or the ranks' weights differ.
+            RuntimeError: the last checkpoint could not be written.
         """
-        config = self.config
-        state = checkpoint.load_newest(self.engine, config.run_dir) or {"step": 0, "wall_seconds": 0.0}
-        if state["step"] and state["fingerprint"] != self.batches.fingerprint:
-            raise ValueError(
-                f"the data of {config.run_dir} changed since its checkpoint; a resumed run needs the same shards"
-            )
-        first, started = state["step"], time.monotonic() - state["wall_seconds"]
-        recorder = Recorder(config, self.batches, first, self.world_size) if self.rank == 0 else None
+        config, num_steps = self.config, self.batches.num_steps
+        state = self.restore(self.checkpoints.load())
+        step, started = state["step"], time.monotonic() - state["wall_seconds"]
+        recorder = Recorder(config, self.batches, step, self.world_size) if self.rank == 0 else None
         try:
-            for step in range(first, self.batches.num_steps):
-                row, done = self.train_step(step), step + 1
+            while step < num_steps:
+                row = self.train_step(step)
+                step += 1
+                if self.guard.in_a_row == config.stability.max_in_a_row:
+                    row["returned_to"] = self.go_back(step)
                 if recorder is not None:
                     recorder.record(row)
-                if self.stop_requested or done % config.checkpoint_every == 0 or done == self.batches.num_steps:
-                    state = {
-                        "step": done,
-                        "tokens_seen": row["tokens_seen"],
-                        "world_size": self.world_size,
-                        "fingerprint": self.batches.fingerprint,
-                        "wall_seconds": time.monotonic() - started,
-                    }
-                    checkpoint.save(self.engine, config.run_dir, state, config.keep_checkpoints)
+                self.beat()
+                self._watch()
+                save = self.stop_requested or step % config.checkpoint_every == 0 or step == num_steps
+                if save or step % config.stability.compare_every == 0:
+                    check_ranks(comparable(self.engine), step, self.device)
+                if save:
+                    before = time.monotonic()
+                    self.checkpoints.save(self.state(step, before - started))
+                    self.checkpoint_seconds = time.monotonic() - before
                     if recorder is not None:
                         recorder.draw()
                 if self.stop_requested:
                     break
+            self.checkpoints.wait()
+            if self.checkpoints.error is not None:
+                raise RuntimeError(f"the checkpoint of step {step} is not written: {self.checkpoints.error}")
         finally:
             if recorder is not None:
                 recorder.close(time.monotonic() - started, self.device)
-        return state["step"] == self.batches.num_steps
+        return step == num_steps
+
+    def state(self, step: int, wall_seconds: float) -> dict:
+        """What a checkpoint holds beside weights and moments."""
+        return {
+            "step": step,  # the data's position: steps not applied count
+            "tokens_seen": step * self.batches.tokens_per_step,
+            "updates": num_updates(self.engine),
+            "world_size": self.world_size,
+            "zero_stage": self.config.zero_stage,
+            "fingerprint": self.batches.fingerprint,
+            "wall_seconds": wall_seconds,
+            "guard": self.guard.state(),
+        }
+
+    def restore(self, state: dict | None) -> dict:
+        """Take up a checkpoint's state, or a new run's."""
+        if state is None:
+            return {"step": 0, "wall_seconds": 0.0}
+        if state["fingerprint"] != self.batches.fingerprint:
+            raise ValueError(
+                f"the data of {self.config.run_dir} changed since its checkpoint; "
+                "a resumed run needs the same shards"
+            )
+        self.guard.restore(state["guard"])
+        return state
+
+    def go_back(self, step: int) -> int:
+        """Load the last checkpoint from before the bad steps, to go on with the data of `step`; returns its step.
+
+        Raises:
+            DivergenceError: there is none, or the run has returned too often already.
+        """
+        limits, skipped, returns = self.config.stability, self.guard.skipped, self.guard.returns
+        first_bad = step - limits.max_in_a_row
+        found = f"steps {first_bad + 1} to {step} could not be applied ({self.guard.verdict})"
+        if returns == limits.max_returns:
+            raise DivergenceError(
+                f"{found}, after {returns} returns to a checkpoint. The steps that were not applied and their "
+                f"samples are in {self.config.run_dir / 'metrics.jsonl'}; lower the rate or change the data, "
+                "as a new run"
+            )
+        self.checkpoints.wait()
+        state = self.checkpoints.load(before=first_bad + 1)
+        if state is None:
+            raise DivergenceError(f"{found}, and there is no checkpoint from before them")
+        self.restore(state)
+        self.guard.skipped, self.guard.returns, self.guard.in_a_row = skipped, returns + 1, 0
+        self.checkpoints.forget_after(state["step"])
+        if self.rank == 0:
+            log.warning("%s; back to the weights of step %d, on with step %d", found, state["step"], step + 1)
+        return state["step"]
 
     def train_step(self, step: int) -> dict:
         """One optimizer step over the global batch of `step`; its row of metrics."""
@@ -119,20 +186,22 @@ class Trainer:
         base_loss = self.base_loss(batches, num_valid) if measure else None
         start += time.perf_counter() - measuring  # throughput is that of training alone
         gates = GateStatistics(self.layers) if measure else None
+        if step in self.batches.phase_starts:
+            self.guard.forget()  # other data, another loss: no spike
         loss_sum = torch.zeros((), device=self.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if i > 0:
+                self.engine.step()  # within the accumulation: counts micro-batches
             loss = self.engine(**inputs(batch, self.device))
             loss_sum += loss.detach()
             # DeepSpeed averages over ranks and micro-batches; the loss is a mean over all valid tokens.
             self.engine.backward(loss / num_valid * world * len(batches))
-            norm = plain_grad_norm(self.engine) if batch is batches[-1] else None
-            self.engine.step()
-        loss, stop = self.all_reduce([loss_sum.item(), float(self.stop)])
+        flags = [float(self.stop), float(self.checkpoints.pending)]
+        loss, stop, pending = self.all_reduce([loss_sum.item(), *flags])
         self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
         loss /= num_valid
-        grad_norm = float(norm or self.engine.get_global_grad_norm() or 0.0)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergenceError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}")
+        grad_norm, verdict = self.guard.step(self.engine, loss, plain_grad_norm(self.engine))
+        self.checkpoints.settle(pending > 0)
 
         seconds = time.perf_counter() - start
         rate = self.batches.tokens_per_step / seconds
@@ -141,18 +210,25 @@ class Trainer:
             "tokens_seen": tokens_seen + self.batches.tokens_per_step,
             "phase": self.batches.phase_of(step)[1],
             "phase_index": self.batches.phase_of(step)[0],
-            "loss": loss,
+            "loss": finite(loss),
             "base_loss": base_loss,
             "lr": config.optimizer.lr * ratio,
             "gate_lr": config.optimizer.gate_lr * ratio,
-            "grad_norm": grad_norm,
+            "grad_norm": finite(grad_norm),
             "valid_tokens": int(num_valid),
-            "skipped_steps": self.engine.skipped_steps,
+            "skipped_steps": self.guard.skipped,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
             "step_seconds": seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
             "memory_bytes": memory_bytes(self.device),
         }
+        self.checkpoint_seconds = 0.0
+        if verdict is not None:
+            (whole,) = self.batches.micro_batches(step, 0, 1, config.data.sequences_per_step)
+            row |= {"not_applied": verdict, "sample_ids": whole.sample_ids}
+            if self.rank == 0:
+                log.warning("step %d is not applied: %s", step + 1, verdict)
         return row | (gates.row() if gates is not None else {})
 
     @torch.no_grad()
@@ -214,12 +290,16 @@ class Recorder:
         self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
 
     def draw(self) -> list[dict]:
-        """Draw `loss.png` from the rows so far; returns them."""
+        """Draw `loss.png` from the rows so far, if the disk has space; returns them."""
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
         starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
-        plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
-        self.wandb.log_picture(run_dir / "loss.png")
+        try:
+            plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
+        except OSError as error:
+            log.warning("loss.png is not drawn: %s", error)
+        else:
+            self.wandb.log_picture(run_dir / "loss.png")
         return rows
 
     def close(self, wall_seconds: float, device: torch.device) -> None:
@@ -228,18 +308,29 @@ class Recorder:
         rows = self.draw()
         if not rows:
             return
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        base_losses = [row["base_loss"] for row in rows if row["base_loss"] is not None]
         summary = {
-            "base_loss": [row["base_loss"] for row in rows if row["base_loss"] is not None][-1],
-            "loss_start": rows[0]["loss"],
-            "loss_end": rows[-1]["loss"],
+            "base_loss": base_losses[-1] if base_losses else None,
+            "loss_start": losses[0] if losses else None,
+            "loss_end": losses[-1] if losses else None,
             "tokens_seen": rows[-1]["tokens_seen"],
             "steps": rows[-1]["step"],
+            "skipped_steps": rows[-1]["skipped_steps"],
             "phases": list(dict.fromkeys(row["phase"] for row in rows)),
             "wall_seconds": wall_seconds,
             "device": device_name(device),
         }
-        write_json(self.config.run_dir / "summary.json", summary)
+        try:
+            write_json(self.config.run_dir / "summary.json", summary)
+        except OSError as error:
+            log.warning("summary.json is not written: %s", error)
         self.wandb.finish(summary)
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def plain_grad_norm(engine) -> Tensor | None:

@@ -1,5 +1,6 @@
 """An exported model loads with transformers alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from brumby.convert import pieces
 from brumby.convert.export import export, plan_shards
 from brumby.model import BrumbyForCausalLM
 
@@ -24,28 +26,37 @@ torch.save({"logits": model(**inputs).logits, "ids": model.generate(**inputs, ma
 
 
 @pytest.fixture
-def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
-    """What DeepSpeed leaves at stage 0, with weights that differ from the start's."""
+def weights(tiny_model: Path) -> dict[str, torch.Tensor]:
+    """Of a model that has moved away from the start."""
     torch.manual_seed(1)
     model = BrumbyForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    weights = {
-        f"model.{name}": tensor + 0.01 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()
-    }
-    weights["model.lm_head.weight"] = weights["model.model.embed_tokens.weight"]
+    return {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def checkpoint(weights: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    """What training leaves, from two ranks that share every weight between them."""
     folder = tmp_path / "step-000007"
     folder.mkdir()
-    torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
+    halves = {name: tensor.flatten().tensor_split(2) for name, tensor in weights.items()}
+    files = {}
+    for rank in range(2):
+        file = pieces.file_name(rank)
+        starts = {name: rank * len(halves[name][0]) for name in weights}
+        tensors = {f"weight:{name}:{starts[name]}": half[rank] for name, half in halves.items()}
+        files[file] = pieces.write(folder / file, tensors)
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    (folder / pieces.MANIFEST).write_text(json.dumps({"files": files, "shapes": shapes}))
     return folder
 
 
-def test_loads_with_and_without_the_package(checkpoint, tiny_model, tmp_path):
+def test_loads_with_and_without_the_package(checkpoint, weights, tiny_model, tmp_path):
     out = tmp_path / "out"
     export(checkpoint, tiny_model, out, "float32", max_shard_bytes=60_000)
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     model = BrumbyForCausalLM.from_pretrained(out, dtype=torch.float32)
-    expected = torch.load(checkpoint / "mp_rank_00_model_states.pt")["module"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[f"model.{name}"]), name
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, weights[name]), name
 
     environment = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-c", WITHOUT_BRUMBY, str(out), str(tmp_path / "answer.pt")]
@@ -57,12 +68,11 @@ def test_loads_with_and_without_the_package(checkpoint, tiny_model, tmp_path):
     assert torch.equal(model.generate(ids, max_new_tokens=5), answer["ids"])
 
 
-def test_bfloat16_is_a_rounding_of_the_masters(checkpoint, tiny_model, tmp_path):
+def test_bfloat16_is_a_rounding_of_the_masters(checkpoint, weights, tiny_model, tmp_path):
     export(checkpoint, tiny_model, tmp_path / "out")
     model = BrumbyForCausalLM.from_pretrained(tmp_path / "out")
-    expected = torch.load(checkpoint / "mp_rank_00_model_states.pt")["module"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[f"model.{name}"].bfloat16()), name
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, weights[name].bfloat16()), name
 
 
 def test_bad_input_leaves_nothing_behind(checkpoint, tiny_model, tmp_path):
@@ -76,9 +86,9 @@ def test_bad_input_leaves_nothing_behind(checkpoint, tiny_model, tmp_path):
     fails("exists", checkpoint, tiny_model, tmp_path / "there")
     fails("no checkpoint folder", tmp_path / "nowhere", tiny_model, tmp_path / "out")
     fails("expected 'bfloat16' or 'float32'", checkpoint, tiny_model, tmp_path / "out", "int8")
-    states = torch.load(checkpoint / "mp_rank_00_model_states.pt")
-    del states["module"]["model.model.norm.weight"]
-    torch.save(states, checkpoint / "mp_rank_00_model_states.pt")
+    described = json.loads((checkpoint / pieces.MANIFEST).read_text())
+    del described["shapes"]["model.norm.weight"]
+    (checkpoint / pieces.MANIFEST).write_text(json.dumps(described))
     fails(r"model\.norm\.weight missing", checkpoint, tiny_model, tmp_path / "out")
 
 

@@ -57,6 +57,10 @@ class TwoHosts:
             timeout=timeout,
         )
 
+    def wire(self, state: str) -> None:
+        """Take the wire between the hosts "up" or "down"."""
+        self._ip("-n", self.namespaces[1], "link", "set", "eth0", state)
+
     def processes(self, host: int) -> list[str]:
         """The command lines of the host's processes, without its sshd."""
         pids = self._ip("netns", "pids", self.namespaces[host]).split()

@@ -27,7 +27,18 @@ def brumby_command(*words: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("command", ["train", "launch", "prepare"])
 def test_every_experiment_composes_and_validates(experiment, command):
     composed = cli.compose(command, [f"experiment={experiment}"])
-    for name in ("hosts", "launcher", "ranks_per_host", "master_port", "env", "num_workers", "resume"):
+    for name in (
+        "hosts",
+        "launcher",
+        "ranks_per_host",
+        "master_port",
+        "env",
+        "restarts",
+        "min_hosts",
+        "grace",
+        "num_workers",
+        "resume",
+    ):
         composed.pop(name, None)
     run = run_config.from_omegaconf(composed)
     assert DataConfig.from_dict(cli.plain(composed.data)) == run.data

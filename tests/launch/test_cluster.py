@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.launch.conftest import wait_for
 KEY = "0123456789abcdef0123456789abcdef01234567"
 LAUNCH_LOCAL = """
 import sys
+import time
 from pathlib import Path
 from brumby.launch.cluster import LaunchConfig, launch
 
@@ -165,7 +167,6 @@ class TestCommand:
         assert argv[0] == sys.executable
         assert argv[1:] == [
             "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--standalone",
-            "--log-dir=/runs/a b;$(c)/logs", "--redirects=1:3",
             "-m", "brumby.launch.rank", "brumby.train", "/runs/a b;$(c)",
         ]  # fmt: skip
         assert env["GREETING"] == "hi"
@@ -244,13 +245,13 @@ class TestLaunch:
         assert "rank 0 was here" in terminal
         assert "rank 1 was here" not in terminal
         assert "rank 0 was here" in (run_dir / "logs" / "launch.log").read_text()
-        files = [path.read_text() for path in (run_dir / "logs").rglob("stdout.log")]
-        assert "rank 1 was here\n" in files
+        assert (run_dir / "logs" / "rank-00001.log").read_text() == "rank 1 was here\n"
 
     @pytest.mark.slow
     def test_passes_on_the_exit_code(self, run_dir, tmp_path):
         (tmp_path / "stand_in.py").write_text("raise SystemExit(3)")
-        assert launch(LaunchConfig(launcher="torchrun", ranks_per_host=1, module="stand_in"), run_dir) != 0
+        config = LaunchConfig(launcher="torchrun", ranks_per_host=1, module="stand_in", restarts=0)
+        assert launch(config, run_dir) != 0
 
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -274,6 +275,30 @@ class TestLaunch:
         process.send_signal(number)
         assert process.wait(timeout=60) == 130
         assert (run_dir / "signals").read_text() == f"0 {int(signal.SIGTERM)}\n"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("num_signals", "grace"), [(2, 300), (1, 2)])
+    def test_ranks_that_do_not_stop_are_ended(self, run_dir, tmp_path, num_signals, grace):
+        """By a second Ctrl-C, or when the time to save is over; torchrun kills what is left 30 s later."""
+        (tmp_path / "stand_in.py").write_text(
+            "import os, signal, sys, time; from pathlib import Path\n"
+            "signal.signal(signal.SIGTERM, lambda number, frame: None)\n"
+            "Path(sys.argv[1], f'ready-{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\n"
+            "while True: time.sleep(0.1)\n"
+        )
+        program = LAUNCH_LOCAL.replace("ranks_per_host=2", f"ranks_per_host=2, grace={grace}")
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(run_dir)], stderr=subprocess.PIPE, text=True
+        )
+        ready = [run_dir / "ready-0", run_dir / "ready-1"]
+        wait_for(*ready)
+        for _ in range(num_signals):
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=80) == 130
+        assert process.stderr
+        assert "interrupt again to end them" in process.stderr.read()
+        assert not any(Path("/proc", path.read_text()).exists() for path in ready)
 
     @pytest.mark.slow
     def test_srun_runs_torchrun(self, programs, run_dir, monkeypatch):

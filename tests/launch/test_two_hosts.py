@@ -1,15 +1,18 @@
 """A launch over ssh to two hosts: the real pdsh, an sshd on each, gloo over the wire between them."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from brumby.train.tracking import read_metrics
 from tests.launch.conftest import TwoHosts, missing, wait_for
+from tests.launch.test_faults import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -19,9 +22,10 @@ import sys
 from pathlib import Path
 from brumby.launch.cluster import LaunchConfig, launch
 
-hosts, launcher, module, run_dir = sys.argv[1:]
+hosts, launcher, module, run_dir, restarts = sys.argv[1:]
 try:
-    code = launch(LaunchConfig(hosts=hosts, launcher=launcher, module=module), Path(run_dir))
+    config = LaunchConfig(hosts=hosts, launcher=launcher, module=module, restarts=int(restarts), min_hosts=1)
+    code = launch(config, Path(run_dir))
 except ValueError as error:
     print(error)
     code = 2
@@ -67,7 +71,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def launch_command(
-    hosts: TwoHosts, run_dir: Path, program: str | None = None, launcher: str = "auto"
+    hosts: TwoHosts, run_dir: Path, program: str | None = None, launcher: str = "auto", restarts: int = 0
 ) -> list[str]:
     """A launch of `program`, or of the trainer, on both hosts."""
     module = "brumby.train"
@@ -75,7 +79,7 @@ def launch_command(
         module = "stand_in"
         (run_dir.parent / "stand_in.py").write_text(program)
         hosts.env["PYTHONPATH"] = str(run_dir.parent)
-    return ["python", "-c", LAUNCH, str(hosts.hostfile), launcher, module, str(run_dir)]
+    return ["python", "-c", LAUNCH, str(hosts.hostfile), launcher, module, str(run_dir), str(restarts)]
 
 
 def assert_clean(hosts: TwoHosts) -> None:
@@ -138,3 +142,60 @@ def test_an_unreachable_host_stops_everything(two_hosts, run_dir):
     assert done.returncode == 2, done.stdout
     assert "10.77.0.3 cannot be reached over ssh without a password" in done.stdout
     assert not (run_dir / "ready-0").exists()
+
+
+def test_a_run_outlives_a_cut_link(two_hosts, make_run, train, long_data):
+    """The ranks hang, end themselves on both hosts, and start again when the hosts see each other."""
+    options = {"data": long_data, "zero_stage": 2, "step_timeout": 20}
+    whole, run_dir = make_run("whole", **options), make_run("cut", **options)
+    train(whole, num_ranks=2)
+    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=3))
+    with (run_dir / "output").open("w") as output:
+        process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while len(read_metrics(run_dir / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    two_hosts.wire("down")
+    time.sleep(40)
+    cut = len(read_metrics(run_dir / "metrics.jsonl"))
+    two_hosts.wire("up")
+    assert process.wait(timeout=200) == 0, (run_dir / "output").read_text()
+    assert 7 <= cut < 60
+    assert "starting again; the newest checkpoint is of step" in (run_dir / "output").read_text()
+    assert_same(run_dir, whole)
+    assert_clean(two_hosts)
+
+
+def test_a_run_goes_on_with_the_host_that_is_left(two_hosts, make_run, train, long_data):
+    options = {"data": long_data, "zero_stage": 3, "step_timeout": 20, "optimizer": {"lr": 5e-4, "gate_lr": 5e-4}}
+    whole, run_dir = make_run("whole", **options), make_run("cut", **options)
+    train(whole, num_ranks=2)
+    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=1))
+    with (run_dir / "output").open("w") as output:
+        process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while len(read_metrics(run_dir / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    two_hosts.wire("down")
+    assert process.wait(timeout=280) == 0, (run_dir / "output").read_text()
+    assert f"going on with {two_hosts.addresses[0]}\n" in (run_dir / "output").read_text()
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (run_dir, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_clean(two_hosts)
+
+
+def test_doctor_compares_hosts(two_hosts, tmp_path):
+    (tmp_path / "data").mkdir()
+    command = ["python", "-m", "brumby.launch.cli", "doctor", f"hosts={two_hosts.hostfile}"]
+    command += [f"paths=[{tmp_path / 'data'}]", f"runs_dir={tmp_path / 'runs'}"]
+    done = two_hosts.run(*command, COLUMNS="200")
+    assert done.returncode == 0, done.stdout
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    for address in two_hosts.addresses:
+        assert [row[1] for row in rows if row and row[0] == address][:2] == ["GPUs", "memory"]
+    assert "all-reduce of 2 ranks" in done.stdout
+    assert "GB/s (gloo)" in done.stdout
+    assert os.listdir(tmp_path / "runs") == []
+    done = two_hosts.run(*command[:-2], f"paths=[{tmp_path / 'none'}]", command[-1], COLUMNS="200")
+    assert done.returncode == 1
+    assert "every host needs it at this path" in done.stdout

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brumby.convert.export import export, read_weights
+from brumby.convert.export import export
+from brumby.convert.pieces import PiecesReader
 from brumby.data import Batches
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
@@ -31,7 +32,8 @@ def losses(run_dir) -> list[float]:
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in read_weights(find_checkpoint(run_dir)).items()}
+    reader = PiecesReader(find_checkpoint(run_dir))
+    return {name: reader.weight(name) for name in reader.shapes}
 
 
 def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]:
@@ -151,10 +153,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, train, long_dat
 
 
 @pytest.mark.slow
-def test_resuming_on_other_ranks_or_data_is_refused(make_run, train):
+def test_resuming_on_other_data_is_refused(make_run, train):
     run_dir = make_run()
     train(run_dir, num_ranks=2)
-    assert "resume with 2" in train(run_dir, num_ranks=1, expected=1)
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
     assert "changed since its checkpoint" in train(run_dir, num_ranks=2, expected=1)
@@ -162,9 +163,9 @@ def test_resuming_on_other_ranks_or_data_is_refused(make_run, train):
 
 @pytest.mark.slow
 def test_divergence_stops_the_run(make_run, train):
-    run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30})
-    assert "DivergenceError" in train(run_dir, expected=1)
-    assert all(loss == loss for loss in losses(run_dir))
+    run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30}, stability={"max_in_a_row": 3})
+    assert "and there is no checkpoint from before them" in train(run_dir, expected=1)
+    assert all(loss is None for loss in losses(run_dir)[1:])
 
 
 @pytest.mark.slow

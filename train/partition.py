@@ -1,0 +1,125 @@
+"""Where DeepSpeed keeps what it trains: the pieces of float32 weights and AdamW moments on this rank.
+
+ZeRO flattens a group's parameters and cuts the result into a part a rank (stages 1, 2), or cuts every parameter
+(stage 3); stage 0 keeps all on each. Here these are views by parameter name, so that a checkpoint looks the same
+whichever stage wrote it. Everything that knows DeepSpeed's insides for the sake of checkpoints is in this file.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from brumby.convert.pieces import Piece, PiecesReader
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def pieces(engine: "DeepSpeedEngine") -> list[Piece]:
+    """All that this rank's optimizer updates, as views.
+
+    Raises:
+        ValueError: a parameter is not trained; checkpoints hold trained ones only.
+    """
+    found = []
+    for name, parameter in named_parameters(engine):
+        if not parameter.requires_grad:
+            raise ValueError(f"{name} is frozen; checkpoints of frozen parameters are not supported")
+        for start, flat, offset, length in _places(engine, parameter):
+            state = _state(engine, flat)
+            whole = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            parts = {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in whole.items()}
+            found.append(Piece(name, start, parts))
+    return found
+
+
+def share(piece: Piece, rank: int, world_size: int) -> Piece:
+    """This rank's part of a piece that all ranks have."""
+    length = len(piece.tensors["weight"])
+    start, end = length * rank // world_size, length * (rank + 1) // world_size
+    return Piece(piece.name, piece.start + start, {k: tensor[start:end] for k, tensor in piece.tensors.items()})
+
+
+def named_parameters(engine: "DeepSpeedEngine") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their names in the model's own checkpoint."""
+    for name, parameter in engine.module.named_parameters():
+        yield name.removeprefix("model."), parameter  # the objective's own name for it
+
+
+def shapes(engine: "DeepSpeedEngine") -> dict[str, list[int]]:
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(engine)}
+
+
+def num_updates(engine: "DeepSpeedEngine") -> int:
+    """How often AdamW has stepped; its bias correction depends on it."""
+    return max((int(state["step"].item()) for state in engine.basic_optimizer.state.values() if state), default=0)
+
+
+@torch.no_grad()
+def restore(engine: "DeepSpeedEngine", reader: PiecesReader, updates: int) -> None:
+    """Take weights, moments and the number of updates from a checkpoint of any stage and number of ranks.
+
+    Raises:
+        ValueError: a parameter of the model is not in it.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()  # all parameters back in parts
+    for piece in pieces(engine):
+        for kind, tensor in piece.tensors.items():
+            tensor.copy_(reader.read(kind, piece.name, piece.start, len(tensor)))
+    for state in engine.basic_optimizer.state.values():
+        state["step"].fill_(updates)
+    if engine.zero_optimization_stage() == 3:
+        for group in range(len(engine.optimizer.fp16_groups)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        engine.optimizer.checkpoint_event_epilogue()  # the small ones whole again
+    else:
+        for name, parameter in named_parameters(engine):
+            weight = reader.read("weight", name, 0, parameter.numel())
+            parameter.copy_(weight.view_as(parameter))
+
+
+def comparable(engine: "DeepSpeedEngine") -> list[Tensor]:
+    """The weights that every rank should hold alike: all of them, under ZeRO-3 those kept whole."""
+    if engine.zero_optimization_stage() < 3:
+        return [parameter.detach() for _, parameter in named_parameters(engine)]
+    return [parameter.detach() for parameter in engine.optimizer.persistent_parameters]
+
+
+def _places(engine: "DeepSpeedEngine", parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
+    """Each place of a parameter's elements here: (start in it, tensor, start in that, length)."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = parameter.ds_tensor.ds_numel * dist.get_rank()
+        length = min(length, parameter.ds_numel - start)  # the last part is padded
+        if length > 0:
+            yield start, optimizer.fp32_partitioned_groups_flat[group], offset, length
+    elif stage > 0:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+            masters = masters or optimizer.fp32_groups_flat_partition  # BF16_Optimizer's name for them
+            place = mapping.hp_fragment_address
+            yield mapping.lp_fragment_address.start, masters[mapping.param_group_index], place.start, place.numel
+    elif engine.bfloat16_enabled():
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                if weight is parameter:
+                    yield 0, master, 0, master.numel()
+    else:
+        yield 0, parameter, 0, parameter.numel()
+
+
+def _state(engine: "DeepSpeedEngine", flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor it updates, made as AdamW would make it if this is before its first step."""
+    state = engine.basic_optimizer.state[flat]
+    if not state:
+        on_device = engine.basic_optimizer.defaults["fused"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+        state["exp_avg"] = torch.zeros_like(flat)
+        state["exp_avg_sq"] = torch.zeros_like(flat)
+    return state
