@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from brumby.kernels.gates import Spans, factors, padded
-from brumby.kernels.tiles import tiles
+from brumby.kernels.tiles import tile_sizes
 
 
 @triton.jit
@@ -412,7 +412,7 @@ def forward(
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).forward
+    BQ, BK, num_warps, num_stages = tile_sizes("forward", q.dtype, max(K, V), q.device)
     y = v.new_empty(B, T, HQ, v.shape[-1])
     l_inv = q.new_empty(B, HQ, T, dtype=torch.float32)
     first = None if span is None else span.first
@@ -470,7 +470,7 @@ def backward(
     first, end = (None, None) if span is None else span
     gated, packed = G is not None, span is not None
 
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).query_gradient
+    BQ, BK, num_warps, num_stages = tile_sizes("query_gradient", q.dtype, max(K, V), q.device)
     c, begin, _ = factors(G, first, BQ, BK)
     qdq = torch.empty_like(l_inv)
     _query_gradient_kernel[(B * HQ, triton.cdiv(T, BQ))](
@@ -479,7 +479,7 @@ def backward(
         BQ, BK, gated, packed, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).key_value_gradient
+    BQ, BK, num_warps, num_stages = tile_sizes("key_value_gradient", q.dtype, max(K, V), q.device)
     c, _, stop = factors(G, first, BQ, BK)
     kdk = l_inv.new_empty(B, H, T)
     _key_value_gradient_kernel[(B * H, triton.cdiv(T, BK))](

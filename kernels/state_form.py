@@ -38,7 +38,7 @@ from brumby.kernels import attention_form
 from brumby.kernels.attention_form import FromStates, delta, descriptor, precision
 from brumby.kernels.gates import cumulate, gate_gradient, spans
 from brumby.kernels.power_retention import RetentionState
-from brumby.kernels.tiles import state_tiles
+from brumby.kernels.tiles import tile_sizes
 
 ROWS = tl.constexpr(128)  # of a tile of the state
 
@@ -428,16 +428,15 @@ class Products:
 
     expanded = True  # whether they read x in the order of the windows
 
-    def __init__(self, K: int, V: int, C: int, dtype: torch.dtype) -> None:
-        self.K, self.V, self.C, self.dtype = K, V, C, dtype
+    def __init__(self, K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.K, self.V, self.C, self.dtype, self.device = K, V, C, dtype, device
         self.tiles = num_tiles(K)
-        self.tile = state_tiles(dtype)
 
     def sums(self, e: Heads) -> Tensor:
         """Chunk sums of phi(x) u^T."""
         HX, T, V = e.u.shape
         N, NC = HX // e.R, triton.cdiv(T, self.C)
-        BT, num_warps, num_stages = self.tile.sum
+        BT, num_warps, num_stages = self._tile("sum")
         s = e.u.new_empty(N, NC, self.tiles * 128, V)
         _sum_kernel[(self.tiles // 2, NC, N)](
             _box(e.xT, 1, 128, BT), _box(e.xT, 1, 1, BT), _box(e.u, 1, BT, V), s, NC, e.R, self.K, V, self.C, BT,
@@ -448,7 +447,7 @@ class Products:
     def query(self, e: Heads, s: Tensor, z: Tensor, a: Tensor, y: Tensor, l_inv: Tensor) -> None:
         """Add the states' answers to y [B, T, HQ, V] and 1 / l [B, HQ, T], which hold the chunks' own."""
         B, T, HQ, V = y.shape
-        BM, num_warps, num_stages = self.tile.query
+        BM, num_warps, num_stages = self._tile("query")
         _query_kernel[self._grid(e, BM)](
             *self._boxes(e, BM), self._states(s), z, a, descriptor(y, BM, V), l_inv, s.shape[1], T, e.H, self.C,
             e.R,
@@ -460,7 +459,7 @@ class Products:
         B, T, H, _ = e.x.shape
         V = self.V
         dv = s.new_empty(B, H, T, V, dtype=torch.float32)
-        BM, num_warps, num_stages = self.tile.query
+        BM, num_warps, num_stages = self._tile("query")
         box_x, _, box_row = self._boxes(e, BM)
         _value_gradient_kernel[self._grid(e, BM)](
             box_x, box_row, self._states(s), c, descriptor(dv.transpose(1, 2), BM, V), s.shape[1], T, H, self.C,
@@ -471,7 +470,7 @@ class Products:
     def gradient(self, e: Heads, s: Tensor, z: Tensor, w: Tensor) -> Tensor:
         """d_ti = 2 sum_j x_tj (S_ij . u_t + w_t z_ij), float32 [B * HX, T, K]."""
         HX, T, V = e.u.shape
-        BM, num_warps, num_stages = self.tile.gradient
+        BM, num_warps, num_stages = self._tile("gradient")
         d = s.new_empty(HX, T, self.K, dtype=torch.float32)
         box_x, box_q, box_row = self._boxes(e, BM)
         _gradient_kernel[self._grid(e, BM)](
@@ -479,6 +478,9 @@ class Products:
             e.R, self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
         return d
+
+    def _tile(self, kernel: str) -> list[int]:
+        return tile_sizes(kernel, self.dtype, max(self.K, self.V), self.device)
 
     def _boxes(self, e: Heads, BM: int) -> list[TensorDescriptor]:
         return [_box(e.xT, 1, rows, BM) for rows in (128, self.K, 1)]
@@ -501,8 +503,8 @@ def products(K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -
     ):
         from brumby.kernels import hopper
 
-        return hopper.HopperProducts(K, V, C, dtype)
-    return Products(K, V, C, dtype)
+        return hopper.HopperProducts(K, V, C, dtype, device)
+    return Products(K, V, C, dtype, device)
 
 
 def prepare(x: Tensor, u: Tensor | None, f: Tensor, H: int, expanded: bool) -> Heads:

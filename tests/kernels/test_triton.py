@@ -3,6 +3,7 @@
 Uninitialised memory is filled with NaN throughout, so that what a kernel does not write is seen.
 """
 
+import json
 import math
 from itertools import combinations_with_replacement
 
@@ -229,6 +230,55 @@ def test_states_without_a_kernel_are_made_with_a_warning():
     with pytest.warns(UserWarning, match="have no kernel"):
         _, state = power_retention(q, k, v, log_g, return_final_state=True, implementation="triton")
     assert state.s.shape == (1, 1, 96 * 97 // 2, 96)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what is tested is the choice, not the time")
+def test_tune_writes_the_fastest_tiles_and_resumes(tmp_path, monkeypatch):
+    from brumby.kernels import tiles, tune
+
+    monkeypatch.setattr(tune, "T", 256)
+    monkeypatch.setattr(tune, "WIDTHS", (64,))
+    monkeypatch.setattr(tune, "DTYPES", (F32,))
+    sizes = {"forward": [[32, 32, 4, 1], [64, 32, 4, 1]], "sum": [[32, 4, 1], [64, 4, 1]]}
+    default = {"query_gradient": [[32, 32, 4, 1]], "key_value_gradient": [[32, 32, 4, 1]]}
+    monkeypatch.setattr(tune, "candidates", lambda kernel, _: (sizes | default).get(kernel, [[32, 4, 1]]))
+    monkeypatch.setattr(tune, "calls", lambda *_: {kernel: lambda: None for kernel in tiles.KERNELS})
+    timed = []
+
+    def time(_) -> float:
+        ((kernel, _entry), chosen) = next(iter(tiles._trial.items()))
+        assert tiles.tile_sizes(kernel, F32, 64, torch.device("cpu")) == chosen
+        if kernel == "sum" and not timed.count("interrupted"):
+            timed.append("interrupted")
+            raise KeyboardInterrupt
+        timed.append(kernel)
+        return -float(chosen[0])  # the largest is the fastest
+
+    out = tmp_path / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(torch.device("cpu"), out, time)
+    assert not out.exists()
+    assert not tiles._trial
+    assert tune.tune(torch.device("cpu"), out, time) == out
+    assert timed.count("forward") == 2  # not again after the interruption
+    table = json.loads(out.read_text())["tiles"]
+    assert table["forward"] == {"float32 64": [64, 32, 4, 1]}
+    assert table["sum"] == {"float32 64": [64, 4, 1]}
+    assert table.keys() == tiles.KERNELS.keys()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_committed_tables_are_complete():
+    from brumby.kernels import tiles
+
+    for path in tiles.TABLES.glob("*.json"):
+        table = json.loads(path.read_text())["tiles"]
+        assert table.keys() == tiles.KERNELS.keys()
+        for kernel, names in tiles.KERNELS.items():
+            widths = (64, 128) if kernel in ("sum", "query", "gradient") else tiles.WIDTHS
+            expected = {tiles.key(dtype, width) for dtype in (F32, BF16) for width in widths}
+            assert table[kernel].keys() == expected, (path.name, kernel)
+            assert all(len(sizes) == len(names) for sizes in table[kernel].values())
 
 
 BAD = {
