@@ -33,7 +33,7 @@ from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ss
 from brumby.launch.supervise import first_error, supervise
 from brumby.train import status
 from brumby.train.checkpoint import completed, step_of
-from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED
+from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "torchrun": {},
@@ -158,9 +158,12 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
         codes = {row["code"] for row in rows}
         if code == 0:
             return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else 0
-        if code == EXIT_INTERRUPTED:
+        if code == EXIT_INTERRUPTED and EXIT_FAILED not in codes:
             return code
         print(first_error(rows, config.num_ranks) or f"the launcher failed with exit code {code}", file=sys.stderr)
+        if code == EXIT_INTERRUPTED:
+            print("interrupted, and not all is saved; the last checkpoint is kept", file=sys.stderr)
+            return code
         if codes & {EXIT_BAD_INPUT, EXIT_DIVERGED}:
             return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else EXIT_DIVERGED
         attempts = config.restarts if newest_step(run_dir) > reached else attempts - 1
@@ -323,6 +326,9 @@ def _deepspeed(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str
         argv += ["--launcher_args=--bind-to none"]  # mpirun would tie each rank to one core
     argv += ["--module", *_rank(config, run_dir)]
     env = {k: v for k, v in os.environ.items() if not SECRET.search(k)}
+    if config.launcher == "pdsh":  # or ssh would wait for hours for a host whose link is cut
+        alive = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {alive}".strip()
     return argv, env | {"DS_ENV_FILE": str(logs / "launch.env"), "PYTHONSAFEPATH": "1"}
 
 

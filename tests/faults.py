@@ -65,6 +65,8 @@ class Faults:
                 file.write(next(iter(tensors.values())).numpy().tobytes()[:1000])
                 file.flush()
                 die()
+        if self.take("slow_write"):
+            time.sleep(3)
         if self.take("fill_disk"):
             with (path.parents[1] / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:

@@ -9,10 +9,11 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from brumby.convert.pieces import KINDS, PiecesReader, manifest
 from brumby.data import Batches
@@ -31,18 +32,18 @@ import sys
 from pathlib import Path
 from brumby.launch.cluster import LaunchConfig, launch
 
-run_dir, ranks, module, restarts = sys.argv[1:]
-config = LaunchConfig(launcher="torchrun", ranks_per_host=int(ranks), module=module, restarts=int(restarts))
+run_dir, ranks = sys.argv[1:]
+config = LaunchConfig(launcher="torchrun", ranks_per_host=int(ranks), module="faults")
 sys.exit(launch(config, Path(run_dir)))
 """
 
 
-def start(run_dir: Path, faults: list[dict], ranks: int = 2, restarts: int = 3, **env: str) -> subprocess.Popen:
+def start(run_dir: Path, faults: list[dict], ranks: int = 2, env: dict | None = None) -> subprocess.Popen:
     """Launch a run on this machine, with faults."""
     (run_dir / "faults.json").write_text(json.dumps(faults))
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(run_dir), str(ranks), "faults", str(restarts)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | env,
+        [sys.executable, "-c", LAUNCH, str(run_dir), str(ranks)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | (env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -79,6 +80,23 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     found, expected = weights(run_dir), weights(undisturbed)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_run, long_data):
+    """The weights in it are those of its step, though many steps pass before they are on the disk."""
+    options = {"data": long_data, "checkpoint_every": 10, "keep_checkpoints": 9}
+    undisturbed, run_dir = make_run("undisturbed", **options), make_run("slow", **options)
+    launch(undisturbed, [])
+    launch(run_dir, [{"kind": "slow_write", "rank": 1, "step": 9}])
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert rows[10]["checkpoint_seconds"] < 1.0
+    assert rows[20]["checkpoint_seconds"] > 0.0
+    one, two = (PiecesReader(folder / "checkpoints" / "step-000010") for folder in (run_dir, undisturbed))
+    for name, shape in one.shapes.items():
+        for kind in KINDS:
+            values = [reader.read(kind, name, 0, math.prod(shape)) for reader in (one, two)]
+            assert torch.equal(*values), (kind, name)
+    assert_same(run_dir, undisturbed)
 
 
 def test_what_was_wrong_is_said(make_run, long_data):
@@ -217,7 +235,7 @@ def test_a_full_disk_and_no_wandb(make_run, long_data, small_disk):
     fill = [{"kind": "fill_disk", "rank": 0, "step": step} for step in (8, 52)]
     free = {"kind": "free_disk", "rank": 0, "step": 22}
     refusing = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}
-    process = start(run_dir, [*fill, free], **refusing)
+    process = start(run_dir, [*fill, free], env=refusing)
     assert process.stdout
     lines = []
     for line in process.stdout:
@@ -237,10 +255,10 @@ def test_a_full_disk_and_no_wandb(make_run, long_data, small_disk):
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(make_run, small_disk):
     """31 checkpoints of 0.3 MB do not fit on 6."""
-    config = OmegaConf.load(make_run() / "config.yaml")
-    changes = {"runs_dir": str(small_disk), "keep_checkpoints": 30, "resume": None}
+    config = cast(DictConfig, OmegaConf.load(make_run() / "config.yaml"))
+    config.update({"runs_dir": str(small_disk), "keep_checkpoints": 30, "resume": None})
     with pytest.raises(ValueError, match=r"31 checkpoints of .* GB need .* GB\. Choose another runs_dir"):
-        create_or_resume(OmegaConf.merge(config, changes), 1)
+        create_or_resume(config, 1)
     assert os.listdir(small_disk) == []
 
 
@@ -258,15 +276,15 @@ def test_the_slurm_script_saves_and_queues_again(make_run, long_data, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2"}
     env = os.environ | slurm | {"RUN": str(run_dir), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    script = Path(__file__).parents[2] / "docs" / "examples" / "slurm.sh"
+    batch_script = Path(__file__).parents[2] / "docs" / "examples" / "slurm.sh"
     with (tmp_path / "output").open("w") as output:
-        job = subprocess.Popen(["bash", script], env=env, stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(["bash", batch_script], env=env, stdout=output, stderr=subprocess.STDOUT)
         while len(losses(run_dir)) < 5 and job.poll() is None:
             time.sleep(0.02)
         job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@300` does
         assert job.wait(timeout=90) == 130, (tmp_path / "output").read_text()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert 5 <= step_of(find_checkpoint(run_dir)) < 60
-    again = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(["bash", batch_script], env=env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(losses(run_dir)) == 60

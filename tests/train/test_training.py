@@ -95,7 +95,7 @@ def test_bf16_with_float32_masters_stays_close(make_run, train, zero_stage):
 
 @pytest.mark.slow
 def test_what_a_run_leaves_behind(make_run, train, tmp_path):
-    run_dir = make_run()
+    run_dir = make_run(keep_checkpoints=1, keep_every=10)
     train(run_dir, num_ranks=2)
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -112,6 +112,11 @@ def test_what_a_run_leaves_behind(make_run, train, tmp_path):
     assert (summary["steps"], summary["tokens_seen"]) == (12, 3072)
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [folder.name for folder in completed(run_dir)] == ["step-000010", "step-000012"]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-000012\n"
+    described = json.loads((run_dir / "checkpoints" / "step-000012" / "manifest.json").read_text())
+    assert described["config"]["zero_stage"] == 2
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["state"]["updates"] == 12
 
 
 @pytest.mark.slow
