@@ -44,7 +44,7 @@ def key(dtype: torch.dtype, head_dim: int) -> str:
 def tile_sizes(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> list[int]:
     """The tile of a kernel (see `KERNELS`) for a dtype and the larger of the head dims."""
     entry = key(dtype, head_dim)
-    return _trial.get((kernel, entry)) or _table(device.type, device.index)[kernel][entry]
+    return _trial.get((kernel, entry)) or _table(device)[kernel][entry]
 
 
 @contextmanager
@@ -69,5 +69,5 @@ def path_for(device: torch.device) -> Path:
 
 
 @lru_cache
-def _table(device_type: str, index: int | None) -> Table:
-    return json.loads(path_for(torch.device(device_type, index)).read_text())["tiles"]
+def _table(device: torch.device) -> Table:
+    return json.loads(path_for(device).read_text())["tiles"]

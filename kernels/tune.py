@@ -22,9 +22,7 @@ STATE_WIDTHS = (64, 128)
 
 def candidates(kernel: str, dtype: torch.dtype) -> Iterator[list[int]]:
     """Tiles worth trying; what does not fit into a GPU's shared memory is passed over when tried."""
-    stages = (1, 2, 3)
-    if dtype == torch.float32:
-        stages = (1, 2)
+    stages = range(1, 3 if dtype == torch.float32 else 4)
     if kernel in ("sum", "query", "gradient"):
         for BT, num_warps, num_stages in product((32, 64, 128), (4, 8), stages):
             yield [BT, num_warps, num_stages]
@@ -120,4 +118,4 @@ def _fastest(
                 continue
     if not times:
         raise ValueError(f"no tile of {kernel} runs for {entry} on this device; is its shared memory below 64 KB?")
-    return list(min(times, key=times.__getitem__))
+    return list(min(times, key=lambda sizes: times[sizes]))
