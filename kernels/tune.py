@@ -118,4 +118,4 @@ def _fastest(
                 continue
     if not times:
         raise ValueError(f"no tile of {kernel} runs for {entry} on this device; is its shared memory below 64 KB?")
-    return list(min(times, key=lambda sizes: times[sizes]))
+    return list(min(times.items(), key=lambda item: item[1])[0])
