@@ -62,7 +62,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict:
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         for block in (len(encoded).to_bytes(8, "little") + encoded, *(t.numpy().data for t in tensors.values())):
-            view = memoryview(block).cast("B")
+            view = memoryview(block).cast("B")  # type: ignore[arg-type]  # arrays have buffers
             while view:
                 written = file.write(view[:BLOCK])
                 digest.update(view[:written])

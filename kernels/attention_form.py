@@ -22,14 +22,16 @@ P power, G cumulated log2 gates. In memory gates and other numbers per token are
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from brumby.kernels.gates import Factors, Spans, factors
-from brumby.kernels.tiles import Tile, tiles
+from brumby.kernels.gates import Spans, factors, padded
+from brumby.kernels.tiles import tile_sizes
 
 
 @triton.jit
@@ -39,7 +41,9 @@ def _load(d_x, i_b, i_h, i_t, BT: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _reach(p_begin, p_first, i_bh, i_q, T, BQ: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr):
+def _reach(
+    p_begin, p_first, i_bh, i_q, T, BQ: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr
+):
     """The first key, a multiple of BK, that counts for a block of queries."""
     begin = 0
     if GATED:
@@ -79,9 +83,9 @@ def _forward_kernel(
     G_q = 0.0
     if GATED:
         p_G += i_bh.to(tl.int64) * T
-        p_c += i_bh.to(tl.int64) * T
+        p_c += i_bh.to(tl.int64) * padded(T)
         G_q = tl.load(p_G + i_q)
-        b_G = (tl.load(p_G + o_q, m_q, 0) - G_q).to(tl.float32)  # [BQ], since the block's first query
+        b_G = tl.where(m_q, tl.load(p_G + o_q, m_q, 0) - G_q, 0).to(tl.float32)  # [BQ], since the first query
         b_a = tl.exp2(b_G)
     if PACKED:
         b_first = tl.load(p_first + o_q, m_q, 0)  # [BQ]
@@ -133,15 +137,49 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(d_y, d_dy, p_delta, T, H, V: tl.constexpr, BT: tl.constexpr):
-    """delta = y . dy."""
-    i_b = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
+def _delta_kernel(
+    d_q, d_k, d_v, d_y, d_dy, p_l_inv, p_delta, p_G, p_first, T, H, P: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta = y . dy, and where a document has just begun, sum_j w_ij / l_i v_j . dy.
+
+    With few keys the two cancel in ds, and u can be large: there y's rounding would be most of dq.
+    """
+    i_b = tl.program_id(0) // (H * R)
+    i_hq = tl.program_id(0) % (H * R)
+    i_h = i_hq // R
     i_t = tl.program_id(1) * BT
-    o_t = i_t + tl.arange(0, BT)
-    b_y = _load(d_y, i_b, i_h, i_t, BT, V).to(tl.float32)  # [BT, V]
-    b_dy = _load(d_dy, i_b, i_h, i_t, BT, V).to(tl.float32)  # [BT, V]
-    tl.store(p_delta + tl.program_id(0).to(tl.int64) * T + o_t, tl.sum(b_y * b_dy, 1), o_t < T)
+    o_t = i_t + tl.arange(0, BT)  # [BT]
+    m_t = o_t < T
+    i_row = tl.program_id(0).to(tl.int64) * T + o_t
+    b_dy = _load(d_dy, i_b, i_hq, i_t, BT, V)  # [BT, V]
+    b_y = _load(d_y, i_b, i_hq, i_t, BT, V).to(tl.float32)  # [BT, V]
+    b_delta = tl.sum(b_y * b_dy.to(tl.float32), 1)  # [BT]
+    if EXACT:
+        begins = i_t == 0
+        if PACKED:
+            begins = tl.load(p_first + tl.minimum(i_t + BT, T) - 1) >= i_t
+        if begins:
+            b_s = tl.dot(
+                _load(d_q, i_b, i_hq, i_t, BT, K), _load(d_k, i_b, i_h, i_t, BT, K).T, input_precision=PRECISION
+            )  # [BT, BT]
+            b_dp = tl.dot(b_dy, _load(d_v, i_b, i_h, i_t, BT, V).T, input_precision=PRECISION)  # [BT, BT]
+            m_s = o_t[None, :] <= o_t[:, None]
+            b_first = o_t * 0
+            if PACKED:
+                b_first = tl.load(p_first + o_t, m_t, 0)  # [BT]
+                m_s &= o_t[None, :] >= b_first[:, None]
+            if P == 4:
+                b_s *= b_s
+            b_p = tl.where(m_s, b_s * b_s, 0)
+            if GATED:
+                p_G += (i_b * H + i_h).to(tl.int64) * T
+                b_G = (tl.load(p_G + o_t, m_t, 0) - tl.load(p_G + i_t)).to(tl.float32)  # [BT]
+                b_p *= _decay(b_G[:, None], b_G[None, :], m_s)
+            b_exact = tl.sum(b_p * b_dp, 1) * tl.load(p_l_inv + i_row, m_t, 0)
+            b_delta = tl.where(b_first >= i_t, b_exact, b_delta)
+    tl.store(p_delta + i_row, b_delta, m_t)
 
 
 @triton.jit
@@ -168,9 +206,9 @@ def _query_gradient_kernel(
     G_q = 0.0
     if GATED:
         p_G += i_bh.to(tl.int64) * T
-        p_c += i_bh.to(tl.int64) * T
+        p_c += i_bh.to(tl.int64) * padded(T)
         G_q = tl.load(p_G + i_q)
-        b_G = (tl.load(p_G + o_q, m_q, 0) - G_q).to(tl.float32)  # [BQ]
+        b_G = tl.where(m_q, tl.load(p_G + o_q, m_q, 0) - G_q, 0).to(tl.float32)  # [BQ]
         b_a *= tl.exp2(b_G)
     if PACKED:
         b_first = tl.load(p_first + o_q, m_q, 0)  # [BQ]
@@ -236,7 +274,7 @@ def _key_value_step(
     b_a = tl.load(p_l_inv + o_q, m_q, 0)  # [BQ]
     b_delta = tl.load(p_delta + o_q, m_q, 0)  # [BQ]
     if GATED:
-        b_G = (tl.load(p_G + o_q, m_q, 0) - G_e).to(tl.float32)  # [BQ], since the last key
+        b_G = tl.where(m_q, tl.load(p_G + o_q, m_q, 0) - G_e, 0).to(tl.float32)  # [BQ], since the last key
         if not DIAGONAL:
             b_a *= tl.exp2(b_G)
     if PACKED:
@@ -270,15 +308,16 @@ def _key_value_step(
 
 @triton.jit
 def _key_value_gradient_kernel(
-    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first, p_end, T, H,
+    d_q, d_k, d_v, d_dy, d_dk, d_dv, p_dk_state, p_dv_state, p_kdk, p_l_inv, p_delta, p_G, p_c, p_stop, p_first,
+    p_end, T, H,
     P: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and k . dk of one block of keys, over all query heads that share it.
 
     Blocks go from the last query to the diagonal, the query heads of one block after another: programs that
-    run side by side read the same q and dy. The longest programs start first. With `dk_state` [B * H, T, K],
-    it and what dv holds are added.
+    run side by side read the same q and dy. The longest programs start first. `dk_state` [B * H, T, K] and
+    `dv_state` [B * H, T, V] are added.
     """
     i_b = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -300,7 +339,7 @@ def _key_value_gradient_kernel(
     if GATED:
         p_G += p_row
         G_e = tl.load(p_G + i_e)
-        b_c = tl.load(p_c + p_row + o_k, m_k, 0)
+        b_c = tl.load(p_c + tl.program_id(0).to(tl.int64) * padded(T) + o_k, m_k, 0)
         end = tl.minimum(end, tl.load(p_stop + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)))
 
     blocks = tl.maximum(tl.cdiv(end, BQ) - (i_k + BK) // BQ, 0)  # right of the diagonal
@@ -324,7 +363,7 @@ def _key_value_gradient_kernel(
     b_dk *= P
     if p_dk_state is not None:
         b_dk += tl.load(p_dk_state + (p_row + o_k)[:, None] * K + tl.arange(0, K)[None, :], m_k[:, None], 0)
-        b_dv += _load(d_dv, i_b, i_h, i_k, BK, V)
+        b_dv += tl.load(p_dv_state + (p_row + o_k)[:, None] * V + tl.arange(0, V)[None, :], m_k[:, None], 0)
     b_kdk = tl.sum(_load(d_k, i_b, i_h, i_k, BK, K).to(tl.float32) * b_dk, 1)  # [BK]
     tl.store(p_kdk + p_row + o_k, b_kdk, m_k)
     d_dk.store([i_b, i_h, i_k, 0], b_dk.to(d_dk.dtype).reshape(1, 1, BK, K))
@@ -346,6 +385,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def on_hopper(q: Tensor, v: Tensor, power: int) -> bool:
+    """Whether the kernels for Hopper compute it."""
+    return (
+        q.is_cuda
+        and q.dtype == torch.bfloat16
+        and power == 2
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in (64, 128)
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+    )
+
+
 def _widths(*xs: Tensor) -> list[int]:
     return [triton.next_power_of_2(x.shape[-1]) for x in xs]
 
@@ -354,10 +405,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, G: Tensor | None, span: Spans | None, power: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, HQ, V] in v's dtype and 1 / l [B, HQ, T] float32; eps is that of unscaled weights."""
+    if on_hopper(q, v, power):
+        from brumby.kernels import hopper  # Gluon, which other GPUs need not have
+
+        return hopper.forward(q, k, v, G, span, eps)
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).forward
+    BQ, BK, num_warps, num_stages = tile_sizes("forward", q.dtype, max(K, V), q.device)
     y = v.new_empty(B, T, HQ, v.shape[-1])
     l_inv = q.new_empty(B, HQ, T, dtype=torch.float32)
     first = None if span is None else span.first
@@ -370,64 +425,68 @@ def forward(
     return y, l_inv
 
 
-def delta(y: Tensor, dy: Tensor) -> Tensor:
-    """y . dy, float32 [B, HQ, T]."""
-    B, T, HQ, _ = y.shape
-    (V,) = _widths(y)
-    out = y.new_empty(B, HQ, T, dtype=torch.float32)
-    _delta_kernel[(B * HQ, triton.cdiv(T, 64))](descriptor(y, 64, V), descriptor(dy, 64, V), out, T, HQ, V, 64)
-    return out
-
-
-def query_gradient(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, l_inv: Tensor, delta: Tensor, G: Tensor | None,
-    span: Spans | None, power: int, dq_state: Tensor | None = None,
+def delta(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, l_inv: Tensor, G: Tensor | None,
+    documents: Spans | None,
+    power: int, exact: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Write dq, return q . dq [B, HQ, T] float32."""
+    """sum_j w_ij / l_i v_j . dy, float32 [B, HQ, T]. `exact`: sequences begin here, not with a state."""
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).query_gradient
-    first = None if span is None else span.first
+    out = torch.empty_like(l_inv)
+    first = None if documents is None else documents.first
+    _delta_kernel[(B * HQ, triton.cdiv(T, 64))](
+        descriptor(q, 64, K), descriptor(k, 64, K), descriptor(v, 64, V), descriptor(y, 64, V),
+        descriptor(dy, 64, V), l_inv, out, G, first, T, H, power, HQ // H, K, V, 64,
+        G is not None, documents is not None, exact, precision(q.dtype),
+    )  # fmt: skip
+    return out
+
+
+class FromStates(NamedTuple):
+    """What states add to the gradients, float32 [B * heads, T, D]; None is nothing."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+NOTHING = FromStates()
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor,
+    delta: Tensor, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = NOTHING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dq, dk and dv; return q . dq [B, HQ, T] and k . dk [B, H, T], float32, whence the gates' gradient."""
+    if on_hopper(q, v, power):
+        from brumby.kernels import hopper
+
+        return hopper.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, from_states)
+    B, T, HQ, _ = q.shape
+    H = k.shape[2]
+    K, V = _widths(k, v)
+    first, end = (None, None) if span is None else span
+    gated, packed = G is not None, span is not None
+
+    BQ, BK, num_warps, num_stages = tile_sizes("query_gradient", q.dtype, max(K, V), q.device)
     c, begin, _ = factors(G, first, BQ, BK)
     qdq = torch.empty_like(l_inv)
     _query_gradient_kernel[(B * HQ, triton.cdiv(T, BQ))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dq, BQ, K), dq_state, qdq, l_inv, delta, G, c, begin, first, T,
-        H, power, HQ // H, K, V, BQ, BK,
-        G is not None, span is not None, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
+        descriptor(dq, BQ, K), from_states.dq, qdq, l_inv, delta, G, c, begin, first, T, H, power, HQ // H, K, V,
+        BQ, BK, gated, packed, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return qdq
 
-
-def key_value_gradient(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor, delta: Tensor,
-    G: Tensor | None, span: Spans | None, power: int, dk_state: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write dk and dv, return k . dk [B, H, T] float32. With `dk_state`, it and what dv holds are added."""
-    B, T, HQ, _ = q.shape
-    H = k.shape[2]
-    K, V = _widths(k, v)
-    BQ, BK, num_warps, num_stages = tiles(q.dtype, max(K, V)).key_value_gradient
-    first, end = (None, None) if span is None else span
+    BQ, BK, num_warps, num_stages = tile_sizes("key_value_gradient", q.dtype, max(K, V), q.device)
     c, _, stop = factors(G, first, BQ, BK)
-    kdk = q.new_empty(B, H, T, dtype=torch.float32)
+    kdk = l_inv.new_empty(B, H, T)
     _key_value_gradient_kernel[(B * H, triton.cdiv(T, BK))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dk, BK, K), descriptor(dv, BK, V), dk_state, kdk, l_inv, delta, G, c, stop, first, end, T,
-        H, power, HQ // H, K, V, BQ, BK,
-        G is not None, span is not None, precision(q.dtype), num_stages, num_warps=num_warps,
+        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, delta, G, c,
+        stop,
+        first, end, T, H, power, HQ // H, K, V, BQ, BK, gated, packed, precision(q.dtype), num_stages,
+        num_warps=num_warps,
     )  # fmt: skip
-    return kdk
-
-
-def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, G: Tensor | None, span: Spans | None, power: int, y: Tensor,
-    l_inv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, and q . dq [B, HQ, T] and k . dk [B, H, T] in float32: the gates' gradient comes from them."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta_q = delta(y, dy)
-    qdq = query_gradient(dy, q, k, v, dq, l_inv, delta_q, G, span, power)
-    kdk = key_value_gradient(dy, q, k, v, dk, dv, l_inv, delta_q, G, span, power)
-    return dq, dk, dv, qdq, kdk
+    return qdq, kdk

@@ -1,4 +1,4 @@
-"""What every Triton form needs per token: cumulated gates, factors of tiles, spans of documents, the gates' gradient.
+"""What Triton forms need per token: cumulated gates, factors of tiles, spans of documents, the gates' gradient.
 
 B batch, T tokens, H key-value heads, R query heads of each, BQ queries and BK keys in a tile, G cumulated log2
 gates. In memory everything per token is [B, heads, T].
@@ -63,16 +63,31 @@ def cumulate(log_g: Tensor) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """Of tiles: column factors `c` [B, H, T], and where loops over other blocks begin and stop."""
+    """Of tiles: column factors, and where loops over other blocks begin and stop."""
 
-    c: Tensor | None  # exp2(G_e - G_t), e the last token of t's block of keys
+    c: Tensor | None  # [B, H, T rounded up to 128] exp2(G_e - G_t), e the last token of t's block of keys
     begin: Tensor | None  # int32 [B, H, blocks of queries]: the first key that counts, a multiple of BK
     stop: Tensor | None  # int32 [B, H, blocks of keys]: the end of the queries that count, a multiple of BQ or T
 
 
 @triton.jit
+def padded(T):
+    """The length of rows that are read by TMA, too."""
+    return tl.cdiv(T, 128) * 128
+
+
+@triton.jit
 def _factor_kernel(
-    p_G, p_first, p_c, p_begin, p_stop, T, BQ: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr
+    p_G,
+    p_first,
+    p_c,
+    p_begin,
+    p_stop,
+    T,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     i_bh = tl.program_id(1)
     p_G += i_bh.to(tl.int64) * T
@@ -84,7 +99,7 @@ def _factor_kernel(
         b_c = tl.exp2((G_e - tl.load(p_G + o_k, o_k < T, 0)).to(tl.float32))  # [BK]
         if PACKED:
             b_c = tl.where(o_k >= tl.load(p_first + i_e), b_c, 0)
-        tl.store(p_c + i_bh.to(tl.int64) * T + o_k, b_c, o_k < T)
+        tl.store(p_c + i_bh.to(tl.int64) * padded(T) + o_k, b_c, o_k < T)
         count = 0  # G falls: how many blocks of queries are near enough
         for i in range(0, tl.cdiv(T, BQ), N):
             o_q = (i + tl.arange(0, N)) * BQ
@@ -106,7 +121,7 @@ def factors(G: Tensor | None, first: Tensor | None, BQ: int, BK: int) -> Factors
     if G is None:
         return Factors(None, None, None)
     B, H, T = G.shape
-    c = torch.empty_like(G, dtype=torch.float32)
+    c = G.new_zeros(B, H, triton.cdiv(T, 128) * 128, dtype=torch.float32)
     begin, stop = (G.new_empty(B, H, triton.cdiv(T, N), dtype=torch.int32) for N in (BQ, BK))
     blocks = triton.cdiv(T, min(BQ, BK))
     N = min(1024, triton.next_power_of_2(blocks))

@@ -51,6 +51,31 @@ class RetentionState(NamedTuple):
     z: Tensor
 
 
+class RetentionBuffer:
+    """The tokens that decoding has taken in since its state, C at most; B rows, all with as many tokens.
+
+    A state is far larger than a token's key and value. While they are kept beside it the state is only read;
+    once C of them have come it is rewritten for all.
+
+    `k` [B, C, H, K], unscaled, and `v` [B, C, H, V] hold `num_tokens` tokens, `G` [B, C, H] (float64) their log
+    gates, summed from the first one on.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, G: Tensor, num_tokens: int = 0) -> None:
+        self.k, self.v, self.G, self.num_tokens = k, v, G, num_tokens
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor, chunk_size: int) -> RetentionBuffer:
+        """A buffer of C = chunk_size places for tokens such as k [B, H, K] and v [B, H, V]."""
+        k, v = _autocast(k, v)
+        B, H, _ = k.shape
+        return cls(
+            k.new_empty(B, chunk_size, *k.shape[1:]),
+            v.new_empty(B, chunk_size, *v.shape[1:]),
+            k.new_empty(B, chunk_size, H, dtype=torch.float64),
+        )
+
+
 def power_retention(
     q: Tensor,
     k: Tensor,
@@ -97,9 +122,7 @@ def power_retention(
     if implementation == "chunk" and chunk_size is None:
         raise ValueError('implementation is "chunk" and chunk_size None; pass chunk_size, 1024 for example')
     device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v, log_g, power, initial_state, cu_seqlens)
     T = q.shape[1]
     if implementation is None:
@@ -146,15 +169,62 @@ def power_retention_step(
     Raises:
         ValueError: as `power_retention`.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} has shape {list(x.shape)}; one token is [B, heads, head_dim], without T")
-    gates = None if log_g is None else log_g.unsqueeze(1)
-    _check_inputs(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), gates, power, state, None)
+    _check_token(q, k, v, log_g, power, state)
     if state is None:
         state = _empty(q.shape[0], k, v, power)
     with torch.autocast(q.device.type, enabled=False):
         return _step(q, k, v, log_g, state, power, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def power_retention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: RetentionState,
+    buffer: RetentionBuffer,
+    *,
+    power: int = 2,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of `power_retention` from a state and the tokens buffered since, both updated in place.
+
+        y = (exp(G_t) S^T phi(scale q) + sum_j exp(G_t - G_j) (scale q . k_j)^P v_j) / (the same of ones + EPS)
+
+    The token is appended to the buffer; a full buffer is folded into the state. Not differentiable. Under
+    autocast q, k and v are cast as in `power_retention`.
+
+    Args:
+        q: [B, HQ, K]; k: [B, H, K]; v: [B, H, V], all of the buffer's dtype; log_g: [B, H] float32 or None.
+        state: of B rows, as of the first buffered token.
+        buffer: of B rows, with a free place.
+
+    Returns:
+        y [B, HQ, V] in the dtype of v.
+
+    Raises:
+        ValueError: as `power_retention`; a buffer that does not fit; tensors that require a gradient.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_token(q, k, v, log_g, power, state)
+    _check_buffer(k, v, buffer)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_g, *state)):
+        raise ValueError("decoding updates its state in place and has no gradient; wrap it in torch.no_grad()")
+    decoder = _decoder(q.device.type)
+    with torch.autocast(q.device.type, enabled=False):
+        y = decoder.step(q, k, v, log_g, state, buffer, power, q.shape[-1] ** -0.5 if scale is None else scale)
+    buffer.num_tokens += 1
+    if buffer.num_tokens == buffer.k.shape[1]:
+        power_retention_fold(state, buffer, power=power)
+    return y
+
+
+def power_retention_fold(state: RetentionState, buffer: RetentionBuffer, *, power: int = 2) -> None:
+    """Move the buffered tokens into the state, in place: it is then as of the last token, the buffer empty."""
+    if buffer.num_tokens:
+        with torch.autocast(buffer.k.device.type, enabled=False):
+            _decoder(buffer.k.device.type).fold(state, buffer, power)
+        buffer.num_tokens = 0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -246,6 +316,45 @@ def _recurrent(
     y = torch.stack(ys, 1) if ys else v.new_empty(*q.shape[:3], v.shape[-1])
     final = RetentionState(*map(torch.cat, zip(*states, strict=True))) if return_final_state else None
     return y, final
+
+
+# ----------------------------------------------------------------------------------------------------
+# Decoding with a buffer
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: RetentionState,
+    buffer: RetentionBuffer,
+    power: int,
+    scale: float,
+) -> Tensor:
+    t = buffer.num_tokens
+    buffer.k[:, t], buffer.v[:, t] = k, v
+    buffer.G[:, t] = (buffer.G[:, t - 1] if t else 0) + (0 if log_g is None else log_g)
+    dtype = state.s.dtype
+    keys, values = (x[:, : t + 1].transpose(1, 2).to(dtype) for x in (buffer.k, buffer.v))  # [B, H, t + 1, .]
+    G = buffer.G[:, : t + 1].transpose(1, 2)  # [B, H, t + 1]
+    q = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1))  # [B, H, R, K]
+    phi = _expand(q, power) * G[..., -1, None, None].exp().to(dtype)  # [B, H, R, D]
+    w = (q @ keys.mT) ** power * (G[..., -1:] - G).exp().to(dtype)[..., None, :]  # [B, H, R, t + 1]
+    y = (phi @ state.s + w @ values) / (phi @ state.z[..., None] + w.sum(-1, keepdim=True) + EPS)  # [B, H, R, V]
+    return y.flatten(1, 2).to(v.dtype)
+
+
+def _fold(state: RetentionState, buffer: RetentionBuffer, power: int) -> None:
+    dtype = state.s.dtype
+    k, v = (x[:, : buffer.num_tokens].transpose(1, 2).to(dtype) for x in (buffer.k, buffer.v))  # [B, H, t, .]
+    G = buffer.G[:, : buffer.num_tokens].transpose(1, 2)  # [B, H, t]
+    k = k * ((G[..., -1:] - G) / power).exp().to(dtype)[..., None]
+    v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+    new = _sum_state(k.flatten(0, 1), v.flatten(0, 1), power).unflatten(0, k.shape[:2])  # [B, H, D, V + 1]
+    g = G[..., -1, None].exp().to(dtype)  # [B, H, 1]
+    state.s.mul_(g[..., None]).add_(new[..., :-1])
+    state.z.mul_(g).add_(new[..., -1])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -475,6 +584,51 @@ FORMS: dict[tuple[str, str], Form] = {
     for device in ("cpu", "cuda")
     for name in ("attention", "chunk", "recurrent", "reference")
 }
+
+
+class Decoder(NamedTuple):
+    """The two halves of decoding: `_decode` answers and appends, `_fold` empties the buffer."""
+
+    step: Callable[..., Tensor]
+    fold: Callable[..., None]
+
+
+DECODERS: dict[str, Decoder] = {device: Decoder(_decode, _fold) for device in ("cpu", "cuda")}
+
+
+def _decoder(device: str) -> Decoder:
+    if device not in DECODERS:
+        raise ValueError(f"there is no decoding for {device} tensors; there is for {', '.join(DECODERS)}")
+    return DECODERS[device]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tensors
+
+
+def _check_token(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, power: int, state: RetentionState | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {list(x.shape)}; one token is [B, heads, head_dim], without T")
+    gates = None if log_g is None else log_g.unsqueeze(1)
+    _check_inputs(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), gates, power, state, None)
+
+
+def _check_buffer(k: Tensor, v: Tensor, buffer: RetentionBuffer) -> None:
+    C = buffer.k.shape[1]
+    for name, x, place in (("k", k, buffer.k), ("v", v, buffer.v)):
+        if place.shape != (x.shape[0], C, *x.shape[1:]) or place.dtype != x.dtype:
+            raise ValueError(
+                f"the buffer's {name} is {place.dtype} of shape {list(place.shape)}; expected {x.dtype} of "
+                f"{[x.shape[0], C, *x.shape[1:]]} for tokens of shape {list(x.shape)}"
+            )
+    if buffer.num_tokens >= C:
+        raise ValueError(f"the buffer's {C} places are all taken; fold it into the state first")
 
 
 def _check_inputs(

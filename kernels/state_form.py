@@ -1,23 +1,25 @@
-"""Power retention's state form in Triton, forward and backward, for power 2: attention inside chunks, states across.
+"""Power retention's state form in Triton, forward and backward, power 2: attention in chunks, states across.
 
     num_t = a_t phi(q_t) . S_n + (its chunk's part)      S_{n+1} = g_n S_n + sum_{t in n} c_t phi(k_t) v_t^T
 
-n is t's chunk, S_n the state before it, a_t the gates from there to t, c_t from t to the chunk's end, g_n over all of
-it. Backward walks the other way: with dn_t = a_t dy_t / l_t,
+n is t's chunk, S_n the state before it, a_t the gates from there to t, c_t from t to the chunk's end, g_n over all
+of it. Backward walks the other way: with dn_t = a_t dy_t / l_t,
 
     dS_n = g_n dS_{n+1} + sum_{t in n} phi(q_t) dn_t^T      dv_t += c_t phi(k_t) . dS_{n+1}
     dq_ti += 2 sum_j q_tj (S_n,ij . dn_t)                   dk_ti += 2 c_t sum_j k_tj (dS_{n+1},ij . v_t)
 
-phi(x) . S = sum_ij x_i x_j S_ij is a matrix product for a fixed i: rows x_i x by the [K, V] tile S_i, where x_i scales
-the operand in registers. S_ij = S_ji: with the head_dim in four blocks of 32, i in block I needs j in block I and
-after it only. Windows of 128 rows hold what is needed without waste: the blocks of x in the order 0 1 2 3 3 2,
+phi(x) . S = sum_ij x_i x_j S_ij is a matrix product for a fixed i: rows x_i x by the [K, V] tile S_i, where x_i
+scales the operand in registers. S_ij = S_ji: with the head_dim in four blocks of 32, i in block I needs j in block
+I and after it only. Windows of 128 rows hold what is needed without waste; the blocks of x stand as 0 1 2 3 3 2,
 
     window 0   0 1 2 3   i in block 0 (32 tiles)
     window 1   1 2 3 3   i in block 1 for three of them, in block 3 for the last (32 tiles)
     window 2   2 3 3 2   two different i of block 2 (16 tiles)
 
-so a state is 80 tiles of 128 rows, 10240 against D = 8256. With head_dim 64 there is one window, 0 1 0 1, two i at a
-time (32 tiles). The normaliser needs no expanded vector: z is sum c k k^T, [K, K], and phi(q) . z = q z q.
+so a state is 80 tiles of 128 rows, 10240 against D = 8256. With head_dim 64 there is one window, 0 1 0 1, two i at
+a time (32 tiles). The normaliser needs no expanded vector: z is sum c k k^T, [K, K], and phi(q) . z = q z q.
+
+B batch, T tokens, H key-value heads, HQ = H * R query heads, K and V head dims, C tokens a chunk, NC chunks.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from brumby.kernels.attention_form import delta, descriptor, key_value_gradient, precision, query_gradient
-from brumby.kernels.attention_form import forward as attention_forward
+from brumby.kernels import attention_form
+from brumby.kernels.attention_form import FromStates, delta, descriptor, precision
 from brumby.kernels.gates import cumulate, gate_gradient, spans
 from brumby.kernels.power_retention import RetentionState
-from brumby.kernels.tiles import state_tiles
+from brumby.kernels.tiles import tile_sizes
 
 ROWS = tl.constexpr(128)  # of a tile of the state
 
@@ -409,7 +411,7 @@ class Heads(NamedTuple):
 
     x: Tensor  # [B, T, HX, K]
     xT: Tensor  # [B * HX, E, T], rows in the order of the windows; a stride that is a multiple of 16 bytes
-    u: Tensor | None  # [B * HX, T, V]
+    u: Tensor  # [B * HX, T, V], or nothing
     H: int
 
     @property
@@ -418,23 +420,23 @@ class Heads(NamedTuple):
 
 
 class Products:
-    """The state form's three products of one head_dim, dtype and chunk. `state_hopper.Products` are the faster ones.
+    """The state form's three products of one head_dim, dtype and chunk. `hopper.HopperProducts` are the faster
+    ones.
 
     States stand as s [B * H, NC, rows, V] in q's dtype and z [B * H, NC, K, K] in float32.
     """
 
     expanded = True  # whether they read x in the order of the windows
 
-    def __init__(self, K: int, V: int, C: int, dtype: torch.dtype) -> None:
-        self.K, self.V, self.C, self.dtype = K, V, C, dtype
+    def __init__(self, K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.K, self.V, self.C, self.dtype, self.device = K, V, C, dtype, device
         self.tiles = num_tiles(K)
-        self.tile = state_tiles(dtype)
 
     def sums(self, e: Heads) -> Tensor:
         """Chunk sums of phi(x) u^T."""
         HX, T, V = e.u.shape
         N, NC = HX // e.R, triton.cdiv(T, self.C)
-        BT, num_warps, num_stages = self.tile.sum
+        BT, num_warps, num_stages = self._tile("sum")
         s = e.u.new_empty(N, NC, self.tiles * 128, V)
         _sum_kernel[(self.tiles // 2, NC, N)](
             _box(e.xT, 1, 128, BT), _box(e.xT, 1, 1, BT), _box(e.u, 1, BT, V), s, NC, e.R, self.K, V, self.C, BT,
@@ -445,26 +447,30 @@ class Products:
     def query(self, e: Heads, s: Tensor, z: Tensor, a: Tensor, y: Tensor, l_inv: Tensor) -> None:
         """Add the states' answers to y [B, T, HQ, V] and 1 / l [B, HQ, T], which hold the chunks' own."""
         B, T, HQ, V = y.shape
-        BM, num_warps, num_stages = self.tile.query
+        BM, num_warps, num_stages = self._tile("query")
         _query_kernel[self._grid(e, BM)](
-            *self._boxes(e, BM), self._states(s), z, a, descriptor(y, BM, V), l_inv, s.shape[1], T, e.H, self.C, e.R,
+            *self._boxes(e, BM), self._states(s), z, a, descriptor(y, BM, V), l_inv, s.shape[1], T, e.H, self.C,
+            e.R,
             self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
 
-    def value_gradient(self, e: Heads, s: Tensor, c: Tensor, dv: Tensor) -> None:
-        """dv [B, T, H, V] = c phi(k) . dS."""
-        B, T, H, V = dv.shape
-        BM, num_warps, num_stages = self.tile.query
+    def value_gradient(self, e: Heads, s: Tensor, c: Tensor) -> Tensor:
+        """c phi(k) . dS, float32 [B * H, T, V]."""
+        B, T, H, _ = e.x.shape
+        V = self.V
+        dv = s.new_empty(B, H, T, V, dtype=torch.float32)
+        BM, num_warps, num_stages = self._tile("query")
         box_x, _, box_row = self._boxes(e, BM)
         _value_gradient_kernel[self._grid(e, BM)](
-            box_x, box_row, self._states(s), c, descriptor(dv, BM, V), s.shape[1], T, H, self.C,
+            box_x, box_row, self._states(s), c, descriptor(dv.transpose(1, 2), BM, V), s.shape[1], T, H, self.C,
             self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
+        return dv.flatten(0, 1)
 
     def gradient(self, e: Heads, s: Tensor, z: Tensor, w: Tensor) -> Tensor:
         """d_ti = 2 sum_j x_tj (S_ij . u_t + w_t z_ij), float32 [B * HX, T, K]."""
         HX, T, V = e.u.shape
-        BM, num_warps, num_stages = self.tile.gradient
+        BM, num_warps, num_stages = self._tile("gradient")
         d = s.new_empty(HX, T, self.K, dtype=torch.float32)
         box_x, box_q, box_row = self._boxes(e, BM)
         _gradient_kernel[self._grid(e, BM)](
@@ -472,6 +478,9 @@ class Products:
             e.R, self.K, V, BM, self.tiles, num_stages, precision(self.dtype), num_warps=num_warps,
         )  # fmt: skip
         return d
+
+    def _tile(self, kernel: str) -> list[int]:
+        return tile_sizes(kernel, self.dtype, max(self.K, self.V), self.device)
 
     def _boxes(self, e: Heads, BM: int) -> list[TensorDescriptor]:
         return [_box(e.xT, 1, rows, BM) for rows in (128, self.K, 1)]
@@ -486,11 +495,16 @@ class Products:
 
 def products(K: int, V: int, C: int, dtype: torch.dtype, device: torch.device) -> Products:
     """The fastest there are for a device."""
-    if dtype == torch.bfloat16 and K == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        from brumby.kernels.state_hopper import HopperProducts
+    if (
+        dtype == torch.bfloat16
+        and K == V == 128
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+    ):
+        from brumby.kernels import hopper
 
-        return HopperProducts(K, V, C, dtype)
-    return Products(K, V, C, dtype)
+        return hopper.HopperProducts(K, V, C, dtype, device)
+    return Products(K, V, C, dtype, device)
 
 
 def prepare(x: Tensor, u: Tensor | None, f: Tensor, H: int, expanded: bool) -> Heads:
@@ -504,7 +518,7 @@ def prepare(x: Tensor, u: Tensor | None, f: Tensor, H: int, expanded: bool) -> H
     _prepare_kernel[(triton.cdiv(T, 64), B * HX)](
         descriptor(x, 64, K), descriptor(x if u is None else u, 64, V), f, xT, out, T, TP, HX, K, V, E, 64
     )
-    return Heads(x, xT[..., :T], out, H)
+    return Heads(x, xT[..., :T], x.new_empty(0) if out is None else out, H)
 
 
 def _scan(x: Tensor, g: Tensor, first: Tensor | None, reverse: bool, keep: bool) -> Tensor | None:
@@ -519,7 +533,9 @@ def _scan(x: Tensor, g: Tensor, first: Tensor | None, reverse: bool, keep: bool)
 class States(NamedTuple):
     s: Tensor  # [B * H, NC, rows, V]
     z: Tensor  # [B * H, NC, K, K] float32
-    last: tuple[Tensor, Tensor] | None  # the same after the last chunk, float32, [B * H, rows, V] and [B * H, K, K]
+    last: (
+        tuple[Tensor, Tensor] | None
+    )  # the same after the last chunk, float32, [B * H, rows, V] and [B * H, K, K]
 
 
 def states(
@@ -535,7 +551,7 @@ def states(
     )
     s_0, z_0 = (None, None) if first is None else (x.flatten(0, 1) for x in to_tiles(first, p.K))
     s_last, z_last = _scan(s, g, s_0, reverse, keep), _scan(z, g, z_0, reverse, keep)
-    return States(s, z, (s_last, z_last) if keep else None)
+    return States(s, z, None if s_last is None or z_last is None else (s_last, z_last))
 
 
 WORKSPACE = 2**30  # bytes that the states of the heads which are done together may take
@@ -547,7 +563,7 @@ def _groups(p: Products, B: int, H: int, T: int) -> Iterator[tuple[slice, slice]
     if B * H * size <= WORKSPACE:
         yield slice(0, B), slice(0, H)
         return
-    step = max(1, WORKSPACE // size)
+    step = triton.cdiv(H, min(H, triton.cdiv(H * size, WORKSPACE)))
     for b in range(B):
         for h in range(0, H, step):
             yield slice(b, b + 1), slice(h, min(h + step, H))
@@ -562,7 +578,7 @@ def forward(
     H, V = v.shape[2:]
     R = HQ // H
     G = None if log_g is None else cumulate(log_g)
-    y, l_inv = attention_forward(q, k, v, G, spans(T, cu_seqlens, C, q.device), 2, eps)
+    y, l_inv = attention_form.forward(q, k, v, G, spans(T, cu_seqlens, C, q.device), 2, eps)
     documents = spans(T, cu_seqlens, None, q.device)
     a, c, g = chunk_gates(G, None if documents is None else documents.first, B, H, T, C, q.device)
     p = products(K, V, C, q.dtype, q.device)
@@ -579,7 +595,7 @@ def forward(
                 prepare(q[b, :, hq], None, a_q, h.stop - h.start, p.expanded),
                 before.s, before.z, a_q, y[b, :, hq], l_inv[b, hq],
             )  # fmt: skip
-        if keep:
+        if before.last is not None:
             lasts.append(from_tiles(*(x.unflatten(0, (b.stop - b.start, -1)) for x in before.last)))
     return y, l_inv, _gather(lasts, B, H)
 
@@ -588,7 +604,9 @@ def _gather(parts: list[RetentionState], B: int, H: int) -> RetentionState | Non
     """What groups leave, in the order of `_groups`, as [B, H, ...]."""
     if not parts:
         return None
-    return RetentionState(*(torch.cat([x.flatten(0, 1) for x in xs]).unflatten(0, (B, H)) for xs in zip(*parts, strict=True)))
+    return RetentionState(
+        *(torch.cat([x.flatten(0, 1) for x in xs]).unflatten(0, (B, H)) for xs in zip(*parts, strict=True))
+    )
 
 
 def backward(
@@ -605,44 +623,44 @@ def backward(
     a, c, g = chunk_gates(G, None if documents is None else documents.first, B, H, T, C, q.device)
     p = products(K, V, C, q.dtype, q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta_q = delta(y, dy)
+    delta_q = delta(dy, q, k, v, y, l_inv, G, documents, 2, exact=initial is None)
     qdq, kdk = torch.empty_like(l_inv), l_inv.new_empty(B, H, T)
     d_firsts = []
     for b, h in _groups(p, B, H, T):
         hq = slice(h.start * R, h.stop * R)
         n = h.stop - h.start
-        q_g, dy_g, dq_g = q[b, :, hq], dy[b, :, hq], dq[b, :, hq]
-        k_g, v_g, dk_g, dv_g = k[b, :, h], v[b, :, h], dk[b, :, h], dv[b, :, h]
-        G_g = None if G is None else G[b, h]
         c_h, g_h = c[b, h].contiguous(), g[b, h].contiguous()
         l_q, d_q = l_inv[b, hq], delta_q[b, hq]
         first = None if initial is None else RetentionState(*(x[b, h] for x in initial))
         d_last = None if d_final is None else RetentionState(*(x[b, h] for x in d_final))
         a_q = a[b, h].repeat_interleave(R, 1) * l_q
         w_q = -a_q * d_q
-        keys = prepare(k_g, v_g, c_h, n, p.expanded)
-        queries = prepare(q_g, dy_g, a_q, n, p.expanded)
+        keys = prepare(k[b, :, h], v[b, :, h], c_h, n, p.expanded)
+        queries = prepare(q[b, :, hq], dy[b, :, hq], a_q, n, p.expanded)
 
-        dq_state = dk_state = None
+        dq_state = dk_state = dv_state = None
         if T > C or initial is not None:
             before = states(p, keys, c_h, g_h, first, False)
             dq_state = p.gradient(queries, before.s, before.z, w_q)
             del before
-        qdq[b, hq] = query_gradient(dy_g, q_g, k_g, v_g, dq_g, l_q, d_q, G_g, inside, 2, dq_state)
-        del dq_state
         if T > C or initial is not None or d_final is not None:
             after = states(p, queries, w_q, g_h, d_last, initial is not None, reverse=True)
-            if initial is not None:
+            if after.last is not None:
                 d_firsts.append(from_tiles(*(x.unflatten(0, (b.stop - b.start, -1)) for x in after.last)))
             if T > C or d_final is not None:
                 dk_state = p.gradient(keys, after.s, after.z, c_h)
-                p.value_gradient(keys, after.s, c_h, dv_g)
+                dv_state = p.value_gradient(keys, after.s, c_h)
             del after
-        kdk[b, h] = key_value_gradient(dy_g, q_g, k_g, v_g, dk_g, dv_g, l_q, d_q, G_g, inside, 2, dk_state)
+        del keys, queries
+        qdq[b, hq], kdk[b, h] = attention_form.backward(
+            dy[b, :, hq], q[b, :, hq], k[b, :, h], v[b, :, h], y[b, :, hq], dq[b, :, hq], dk[b, :, h], dv[b, :, h],
+            l_q, d_q, None if G is None else G[b, h], inside, 2, FromStates(dq_state, dk_state, dv_state),
+        )  # fmt: skip
+        del dq_state, dk_state, dv_state
     dlog_g = None
     if log_g is not None:
         last = None  # the last token's gate also decays the whole final state
-        if d_final is not None:
+        if d_final is not None and final is not None:
             last = (d_final.s * final.s).sum((2, 3)) + (d_final.z * final.z).sum(2)
         dlog_g = gate_gradient(qdq, kdk, last, cu_seqlens, 2)
     return dq, dk, dv, dlog_g, _gather(d_firsts, B, H)

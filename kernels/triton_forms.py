@@ -6,8 +6,7 @@ and so is its backward. What they save is their inputs, y and 1 / l: states are 
 
 from __future__ import annotations
 
-import contextlib
-from itertools import pairwise
+import warnings
 from typing import Any
 
 import torch
@@ -16,14 +15,9 @@ from torch import Tensor
 
 from brumby.kernels import attention_form, state_form
 from brumby.kernels.gates import cumulate, gate_gradient, spans
-from brumby.kernels.power_retention import EPS, RetentionState, _documents, _empty
+from brumby.kernels.power_retention import EPS, FORMS, RetentionState, _documents, _empty
 
 CHUNK = 128  # chunks are multiples of it: what a chunk is does not change the result
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Kernels start on the current device: make it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -35,13 +29,15 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, power: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, HQ, V] and 1 / l [B, HQ, T] float32."""
-    with _on(q):
+    with torch.cuda.device_of(q):  # kernels start on the current device
         G = None if log_g is None else cumulate(log_g)
         return attention_form.forward(q, k, v, G, spans(q.shape[1], cu_seqlens, None, q.device), power, eps)
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, log_g: Any, cu_seqlens: Any, power: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Any, cu_seqlens: Any, power: int, eps: float
+) -> tuple[Tensor, Tensor]:
     B, T, HQ, _ = q.shape
     return v.new_empty(B, T, HQ, v.shape[-1]), q.new_empty(B, HQ, T, dtype=torch.float32)
 
@@ -52,11 +48,12 @@ def _attention_backward(
     y: Tensor, l_inv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and dlog_g (empty without gates)."""
-    with _on(q):
+    with torch.cuda.device_of(q):  # kernels start on the current device
         G = None if log_g is None else cumulate(log_g)
-        dq, dk, dv, qdq, kdk = attention_form.backward(
-            dy, q, k, v, G, spans(q.shape[1], cu_seqlens, None, q.device), power, y, l_inv
-        )
+        span = spans(q.shape[1], cu_seqlens, None, q.device)
+        delta = attention_form.delta(dy, q, k, v, y, l_inv, G, span, power)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        qdq, kdk = attention_form.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, power)
         dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, None, cu_seqlens, power)
     return dq, dk, dv, dlog_g
 
@@ -101,14 +98,23 @@ def _chunks(
     cu_seqlens: Tensor | None, chunk: int, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y [B, T, HQ, V], 1 / l [B, HQ, T] float32, and the final s and z (empty unless `keep`)."""
-    with _on(q):
+    with torch.cuda.device_of(q):  # kernels start on the current device
         y, l_inv, final = state_form.forward(q, k, v, log_g, cu_seqlens, chunk, eps, _state(s, z), keep)
     return y, l_inv, *_parts(final, l_inv)
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_g: Any, s: Any, z: Any, cu_seqlens: Any, chunk: int, eps: float, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Any,
+    s: Any,
+    z: Any,
+    cu_seqlens: Any,
+    chunk: int,
+    eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, HQ, _ = q.shape
     l_inv = q.new_empty(B, HQ, T, dtype=torch.float32)
@@ -123,7 +129,7 @@ def _chunks_backward(
     y: Tensor, l_inv: Tensor, s_final: Tensor, z_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_g, and the gradients of the initial s and z; empty where there is nothing."""
-    with _on(q):
+    with torch.cuda.device_of(q):  # kernels start on the current device
         dq, dk, dv, dlog_g, d_initial = state_form.backward(
             dy, _state(ds_final, dz_final), q, k, v, log_g, cu_seqlens, chunk, _state(s, z),
             RetentionState(s_final, z_final), y, l_inv,
@@ -205,7 +211,8 @@ def retention(
 ) -> tuple[Tensor, RetentionState | None]:
     """Both forms, with `power_retention`'s arguments after its checks: attention up to `chunk_size` tokens.
 
-    Head dims and powers that have no state form run in the attention form at any length; states need one.
+    Head dims and powers that have no state form run in the attention form at any length. If they are asked for
+    states, plain PyTorch makes them, with a warning.
 
     Raises:
         ValueError: what these kernels do not compute.
@@ -214,10 +221,14 @@ def retention(
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     states = initial_state is not None or return_final_state
     if states and not _has_state_form(K, V, power):
-        raise ValueError(
-            f"head_dim is {K} for q and {V} for v, power {power}; on a GPU states exist for head dims 64 and 128 and "
-            'power 2 (implementation "reference" has them all)'
+        warnings.warn(
+            f"states of head dims {K} and {V}, power {power}, have no kernel: plain PyTorch makes them, slowly",
+            stacklevel=3,
         )
+        return FORMS[q.device.type, "reference"](
+            q, k, v, log_g, power=power, scale=scale, chunk_size=chunk_size, initial_state=initial_state,
+            return_final_state=return_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     if states and cu_seqlens is not None:
         return _by_document(
             q, k, v, log_g, power=power, scale=scale, chunk_size=chunk_size, initial_state=initial_state,
@@ -251,11 +262,13 @@ def _by_document(
             state = RetentionState(*(x[rows] for x in initial_state))
         if start < end:
             x = slice(start, end)
-            y, state = retention(
+            y, final = retention(
                 q[:, x], k[:, x], v[:, x], None if log_g is None else log_g[:, x],
                 initial_state=None if initial_state is None else state, cu_seqlens=None, **options,
             )  # fmt: skip
             ys.append(y)
+            state = state if final is None else final
         finals.append(state)
-    final = RetentionState(*map(torch.cat, zip(*finals, strict=True))) if options["return_final_state"] else None
-    return torch.cat(ys, 1), final
+    if not options["return_final_state"]:
+        return torch.cat(ys, 1), None
+    return torch.cat(ys, 1), RetentionState(*map(torch.cat, zip(*finals, strict=True)))

@@ -100,8 +100,20 @@ def generate(config: DictConfig) -> int:
     return 0
 
 
+def tune(config: DictConfig) -> int:
+    """Find the fastest tiles of the Triton kernels on this GPU and write their table."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; tiles are chosen by their time on one")
+    from brumby.kernels.tune import tune
+
+    print(tune(torch.device("cuda", torch.cuda.current_device()), Path(config.out) if config.out else None))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[DictConfig], int]] = {
-    command.__name__: command for command in (convert, prepare, train, launch, export, generate, doctor)
+    command.__name__: command for command in (convert, prepare, train, launch, export, generate, doctor, tune)
 }
 
 

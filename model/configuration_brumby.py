@@ -13,7 +13,7 @@ class BrumbyConfig(Qwen3Config):
 
     Args:
         p: Even power of the similarity `(q . k) ** p`.
-        chunk_size: Tokens that decoding may keep beside the state before it folds them in.
+        chunk_size: Tokens that decoding keeps beside the state before it folds them in; 512 at most.
         switch_over_seq_len: Longest sequence for which the attention form is used; longer ones run
             in chunks.
         prefill_chunk_size: Tokens a chunk for sequences longer than `switch_over_seq_len`.

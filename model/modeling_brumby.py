@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, HQ query heads, H key-value heads, K head_dim, D expanded key.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -20,7 +21,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from brumby.kernels import RetentionState, power_retention, power_retention_step
+from brumby.kernels import (
+    RetentionBuffer,
+    RetentionState,
+    power_retention,
+    power_retention_decode,
+    power_retention_fold,
+)
 
 from .configuration_brumby import BrumbyConfig
 
@@ -28,23 +35,45 @@ from .configuration_brumby import BrumbyConfig
 # installed one is returned.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+# Rewriting the state once in so many tokens costs under 1% of reading it for each: longer buffers save nothing
+MAX_BUFFERED = 512
+
 
 class RetentionCacheLayer(CacheLayerMixin):
-    """One layer's recurrent state: its size does not depend on how many tokens it has seen."""
+    """One layer's recurrent state, and the tokens decoded since, which enter it `chunk_size` at a time.
 
-    def __init__(self) -> None:
+    Their size does not depend on how many tokens the layer has seen.
+    """
+
+    def __init__(self, power: int, chunk_size: int) -> None:
         super().__init__()
-        self.state: RetentionState | None = None
+        self.power, self.chunk_size = power, chunk_size
+        self.state: RetentionState | None = None  # as of the first token in the buffer
+        self.buffer: RetentionBuffer | None = None
         self.num_tokens = 0
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """The state is made by the first forward pass."""
+        """The state is made by the first forward pass, the buffer by the first token decoded after it."""
 
     def update(self, state: RetentionState, num_tokens: int) -> None:  # type: ignore[override]
-        """Keep `state`, which has now seen `num_tokens` more tokens."""
+        """Keep `state`, which has seen `num_tokens` tokens since `fold`."""
         self.state = state
         self.num_tokens += num_tokens
         self.is_initialized = True
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor) -> Tensor:
+        """y [B, HQ, V] of one more token: q [B, HQ, K], k [B, H, K], v [B, H, V], log_g [B, H]."""
+        assert self.state is not None
+        if self.buffer is None:
+            self.buffer = RetentionBuffer.empty(k, v, self.chunk_size)
+        self.num_tokens += 1
+        return power_retention_decode(q, k, v, log_g, self.state, self.buffer, power=self.power)
+
+    def fold(self) -> RetentionState | None:
+        """The state as of the last token; the buffer is left empty."""
+        if self.state is not None and self.buffer is not None:
+            power_retention_fold(self.state, self.buffer, power=self.power)
+        return self.state
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -56,18 +85,24 @@ class RetentionCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.num_tokens, self.is_initialized = None, 0, False
+        self.state, self.buffer, self.num_tokens, self.is_initialized = None, None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state = RetentionState(*(x[indices.to(x.device)] for x in self.state))
+        self.change_rows(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to the first dimension, the batch, of all that the layer keeps."""
         if self.state is not None:
-            self.state = RetentionState(*(x.repeat_interleave(repeats, dim=0) for x in self.state))
+            self.state = RetentionState(*map(change, self.state))
+        if self.buffer is not None:
+            k, v, G = map(change, (self.buffer.k, self.buffer.v, self.buffer.G))
+            self.buffer = RetentionBuffer(k, v, G, self.buffer.num_tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -75,10 +110,13 @@ class RetentionCacheLayer(CacheLayerMixin):
 
 
 class BrumbyCache(Cache):
-    """The recurrent states of all layers, for `generate` and for decoding by hand."""
+    """The recurrent states and buffers of all layers, for `generate` and for decoding by hand."""
 
     def __init__(self, config: BrumbyConfig) -> None:
-        super().__init__(layers=[RetentionCacheLayer() for _ in range(config.num_hidden_layers)])
+        chunk_size = min(config.chunk_size, MAX_BUFFERED)
+        super().__init__(
+            layers=[RetentionCacheLayer(config.p, chunk_size) for _ in range(config.num_hidden_layers)]
+        )
 
 
 def softmax_attention(
@@ -174,19 +212,15 @@ class BrumbyAttention(nn.Module):
                 q, k, v, log_g, power=self.config.p, chunk_size=self.chunk_size(T), cu_seqlens=cu_seqlens
             )
         layer = cache.layers[self.layer_idx]
-        if T == 1:
-            y, state = power_retention_step(
-                q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], layer.state, power=self.config.p
-            )
-            y = y[:, None]
-        else:
-            y, state = power_retention(
-                q, k, v, log_g,
-                power=self.config.p,
-                chunk_size=self.chunk_size(T),
-                initial_state=layer.state,
-                return_final_state=True,
-            )  # fmt: skip
+        if T == 1 and layer.is_initialized and not q.requires_grad:  # decoding has no gradient
+            return layer.decode(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0])[:, None]
+        y, state = power_retention(
+            q, k, v, log_g,
+            power=self.config.p,
+            chunk_size=self.chunk_size(T),
+            initial_state=layer.fold(),
+            return_final_state=True,
+        )  # fmt: skip
         layer.update(state, T)
         return y
 

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton looks when a kernel is defined: this has to
+# come before any import of brumby.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"
 WORDS = TEXT.split()
 

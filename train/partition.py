@@ -6,7 +6,7 @@ whichever stage wrote it. Everything that knows DeepSpeed's insides for the sake
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -89,8 +89,11 @@ def comparable(engine: "DeepSpeedEngine") -> list[Tensor]:
     return [parameter.detach() for parameter in engine.optimizer.persistent_parameters]
 
 
-def _places(engine: "DeepSpeedEngine", parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
-    """Each place of a parameter's elements here: (start in it, tensor, start in that, length)."""
+def _places(engine: "DeepSpeedEngine", parameter: Any) -> Iterator[tuple[int, Tensor, int, int]]:
+    """Each place of a parameter's elements here: (start in it, tensor, start in that, length).
+
+    `parameter` is an nn.Parameter with what DeepSpeed has hung on it.
+    """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from brumby.kernels import RetentionState
+from brumby.kernels import DECODERS, Decoder, RetentionState
 from brumby.model import BrumbyCache, BrumbyConfig, BrumbyForCausalLM
 
 SIZES = {
@@ -109,6 +109,89 @@ def test_prefill_in_pieces_equals_the_full_forward():
         assert (second - model(x, use_cache=False).logits[:, 8:]).abs().max() < 1e-9
 
 
+def in_pieces(model, x: torch.Tensor, lengths: list[int], cache=None) -> tuple[torch.Tensor, BrumbyCache]:
+    """The logits of all tokens, given in pieces, and the cache after them."""
+    logits = []
+    for piece in x.split(lengths, 1):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        cache = cache_of(outputs)
+        logits.append(outputs.logits)
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+def test_decoding_before_and_after_folds_equals_the_full_forward(chunk_size):
+    """Single tokens across two folds of the buffer of 4, and longer pieces that find it half full."""
+    model = make(chunk_size=chunk_size).double()
+    x = ids(2, 30)
+    with torch.no_grad():
+        full = model(x, use_cache=False).logits
+        for lengths in ([5] + [1] * 25, [1, 1, 1, 6] + [1] * 6 + [2, 5] + [1] * 8):
+            logits, cache = in_pieces(model, x, lengths)
+            assert (logits - full).abs().max() < 1e-9
+            assert cache.get_seq_length() == 30
+    single = {1: 0, 4: 0, 64: 8}[chunk_size]  # of the last 8 tokens, those that no fold has reached
+    assert all(layer.buffer.num_tokens == single for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_the_buffer_is_allocated_once_and_of_a_capped_length():
+    model = make(chunk_size=10_000)
+    assert all(layer.chunk_size == 512 for layer in BrumbyCache(model.config).layers)
+    model = make(chunk_size=3)
+    x = ids(1, 12)
+    _, cache = in_pieces(model, x[:, :2], [2])
+    assert all(layer.buffer is None for layer in cache.layers)
+    _, cache = in_pieces(model, x[:, 2:3], [1], cache)
+    first = [layer.buffer.k.data_ptr() for layer in cache.layers]
+    _, cache = in_pieces(model, x[:, 3:], [1] * 9, cache)
+    assert [layer.buffer.k.data_ptr() for layer in cache.layers] == first
+    assert all(layer.buffer.k.shape == (1, 3, 2, 8) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_rows_of_a_half_full_buffer_can_be_selected_and_repeated():
+    model = make(chunk_size=4).double()
+    x, order = ids(3, 14), torch.tensor([2, 0, 1])
+    full = model(x, use_cache=False).logits
+    _, cache = in_pieces(model, x[:, :6], [4, 1, 1])
+    cache.reorder_cache(order)
+    logits, cache = in_pieces(model, x[order, 6:7], [1], cache)
+    assert (logits - full[order, 6:7]).abs().max() < 1e-9
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    logits, cache = in_pieces(model, x[[0, 0], 7:], [1] * 7, cache)
+    assert (logits - full[[0, 0], 7:]).abs().max() < 1e-9
+    cache.reset()
+    logits, cache = in_pieces(model, x, [2] + [1] * 12, cache)
+    assert (logits - full).abs().max() < 1e-9
+
+
+def test_decoding_has_gradients_where_they_are_asked_for():
+    """It leaves the buffer, whose state is changed in place."""
+    model = make(chunk_size=4).double()
+    x = ids(1, 9)
+    with torch.no_grad():
+        _, cache = in_pieces(model, x[:, :6], [3, 1, 1, 1])
+    logits, _ = in_pieces(model, x[:, 6:], [1] * 3, cache)
+    assert (logits - model(x, use_cache=False).logits[:, 6:]).abs().max() < 1e-9
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_decoding_in_triton(monkeypatch):
+    """The model on Triton's kernels, in its interpreter where there is no GPU: a fold, and a prefill later on."""
+    triton_decode = pytest.importorskip("brumby.kernels.decode")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setitem(DECODERS, device, Decoder(triton_decode.step, triton_decode.fold))
+    model = make(chunk_size=4, num_hidden_layers=1).to(device)
+    x = ids(2, 11).to(device)
+    full = model.double()(x, use_cache=False).logits
+    logits, _ = in_pieces(model.float(), x, [3, *[1] * 5, 2, 1])
+    assert (logits - full).abs().max() < 1e-4 * full.abs().max()
+
+
 def test_long_sequences_run_in_chunks_and_agree():
     x = ids(1, 50)
     with torch.no_grad():
@@ -139,9 +222,10 @@ def greedy(model, prompt: torch.Tensor, steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("use_exp", [False, True], ids=["retention", "softmax"])
+@pytest.mark.parametrize("chunk_size", [3, 64])
 @torch.no_grad()
-def test_generate_with_unequal_prompts_equals_single_prompts(use_exp):
-    model = make(use_exp=use_exp).double()
+def test_generate_with_unequal_prompts_equals_single_prompts(use_exp, chunk_size):
+    model = make(use_exp=use_exp, chunk_size=chunk_size).double()
     prompts = [ids(1, length, seed=length) for length in (3, 9, 6)]
     longest = max(p.shape[1] for p in prompts)
     x = torch.cat([torch.nn.functional.pad(p, (longest - p.shape[1], 0)) for p in prompts])
@@ -174,10 +258,11 @@ def test_right_padding_leaves_the_state_as_it_is():
         assert all(torch.allclose(s, t, atol=1e-12) for s, t in zip(a.state, b.state, strict=True))
 
 
+@pytest.mark.parametrize("chunk_size", [2, 64])
 @torch.no_grad()
-def test_beam_search_follows_its_beams():
+def test_beam_search_follows_its_beams(chunk_size):
     """One beam of four equals a search that keeps no cache."""
-    model = make().double()
+    model = make(chunk_size=chunk_size).double()
     x = ids(1, 6)
     options = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False}
     assert model.generate(x, **options).tolist() == model.generate(x, use_cache=False, **options).tolist()
