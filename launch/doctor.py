@@ -95,6 +95,9 @@ def _own(host: str, answer: dict, num_ranks: int) -> list[Finding]:
             errors = gpu["ecc.errors.uncorrected.volatile.total"]
             if errors.isdigit() and int(errors):
                 add(f"GPU {i}", f"{errors} uncorrected memory errors", False, "reset the GPU or take the host out")
+        tables = sorted({gpu["tiles"] for gpu in gpus if not gpu["problem"]})
+        untuned = " (not tuned for this GPU; `brumby tune` writes its table)" if "default" in tables else ""
+        add("tiles", ", ".join(tables) + untuned, True, "")
     elif answer["driver"]:
         add("GPUs", "the driver sees them and PyTorch does not", False, "install PyTorch for this CUDA version")
     else:

@@ -57,9 +57,10 @@ def _version(package: str) -> str | None:
 
 
 def _code(package: Path) -> list[Path]:
-    """The Python files of the package's folders: what stands beside them in a checkout is not it."""
+    """The files of the package's folders: what stands beside them in a checkout is not it."""
     folders = [path for path in package.iterdir() if path.joinpath("__init__.py").is_file()]
-    return [path for folder in folders if folder.name != "tests" for path in folder.rglob("*.py")]
+    folders = [folder for folder in folders if folder.name != "tests"]
+    return [p for folder in folders for kind in ("py", "yaml", "json") for p in folder.rglob(f"*.{kind}")]
 
 
 def _digest(folder: Path, files: list[Path]) -> str:
@@ -81,6 +82,8 @@ def _check_gpu(index: int) -> dict:
     """A product of integers that every healthy GPU gets right, and how much memory is free."""
     import torch
 
+    from brumby.kernels.tiles import path_for
+
     try:
         device = torch.device("cuda", index)
         a = torch.arange(4096, device=device, dtype=torch.float32).remainder(7).view(64, 64)
@@ -90,7 +93,8 @@ def _check_gpu(index: int) -> dict:
     except RuntimeError as error:
         return {"name": "GPU", "problem": str(error).splitlines()[0]}
     problem = None if right else "computes a wrong product"
-    return {"name": name, "free_bytes": free, "total_bytes": total, "problem": problem}
+    tiles = path_for(device).stem
+    return {"name": name, "free_bytes": free, "total_bytes": total, "tiles": tiles, "problem": problem}
 
 
 def _nvidia_smi() -> list[dict]:

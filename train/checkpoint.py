@@ -77,7 +77,8 @@ class Checkpoints:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.pieces = partition.pieces(engine)
         if engine.zero_optimization_stage() == 0:
-            self.pieces = [partition.share(piece, self.rank, self.world_size) for piece in self.pieces]
+            shares = [partition.share(piece, self.rank, self.world_size) for piece in self.pieces]
+            self.pieces = [share for share in shares if len(share.tensors["weight"])]
         self.host: dict[str, Tensor] = {}
         self.state: dict | None = None  # of the checkpoint being written
         self.writer: threading.Thread | None = None
@@ -226,7 +227,7 @@ class Checkpoints:
     def _write(self, path: Path) -> None:
         try:
             self.written = write(path, self.host)
-        except OSError as error:
+        except Exception as error:  # a thread's own would be lost
             self.error = f"rank {self.rank}: {error}"
 
     def _unfinished(self) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from brumby.launch.doctor import _compared, _own, require
 from brumby.launch.probe import probe
 
-GPU = {"name": "NVIDIA H100", "free_bytes": 80e9, "total_bytes": 85e9, "problem": None}
+GPU = {"name": "NVIDIA H100", "free_bytes": 80e9, "total_bytes": 85e9, "tiles": "h100", "problem": None}
 DRIVER = {"ecc.errors.uncorrected.volatile.total": "0"}
 
 
