@@ -92,10 +92,12 @@ class Trainer:
             while step < num_steps:
                 row = self.train_step(step)
                 step += 1
-                if self.guard.in_a_row == config.stability.max_in_a_row:
-                    row["returned_to"] = self.go_back(step)
-                if recorder is not None:
-                    recorder.record(row)
+                try:
+                    if self.guard.in_a_row == config.stability.max_in_a_row:
+                        row["returned_to"] = self.go_back(step)
+                finally:
+                    if recorder is not None:
+                        recorder.record(row)
                 self.beat()
                 self._watch()
                 save = self.stop_requested or step % config.checkpoint_every == 0 or step == num_steps

@@ -168,7 +168,8 @@ def test_a_run_that_goes_back_again_and_again_stops(make_run, long_data):
     assert "steps 11 to 12 could not be applied" in output
     assert "after 1 returns to a checkpoint" in output
     assert "starting again" not in output
-    assert len(read_metrics(run_dir / "metrics.jsonl")) == 11
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "not_applied" in row] == [9, 10, 11, 12]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
