@@ -14,6 +14,7 @@ DeepSpeed writes the variables it exports into command lines, which anyone on a 
 kept from it: `WANDB_API_KEY` stays on this machine, and hosts read `~/.netrc` (`wandb login`) instead.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -146,6 +147,10 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
         ValueError: something is missing here or on a host. Nothing was started.
     """
     run_dir = run_dir.absolute()
+    if alive := _ranks_here(run_dir):
+        raise ValueError(
+            f"{run_dir} is being trained by processes {', '.join(map(str, alive))} here; stop them first"
+        )
     command(config, run_dir)  # refuses what it cannot carry, before anything is asked of the hosts
     preflight(config, run_dir)
     if config.multi_host and "WANDB_API_KEY" in os.environ:
@@ -213,6 +218,10 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     Hosts that do not answer are left out of `config.slots`, if `config.min_hosts` allows it.
     """
     if not config.multi_host:
+        while alive := _ranks_here(run_dir):  # their launcher was killed
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
         return True
     deadline = time.monotonic() + _patience(run_dir)
     waiting = list(config.slots)
@@ -229,6 +238,17 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     print(f"going on with {', '.join(left)}", file=sys.stderr)
     config.slots = left
     return True
+
+
+def _ranks_here(run_dir: Path) -> list[int]:
+    """The ids of this machine's processes that are ranks of the run."""
+    found = []
+    for row in status.read(run_dir):
+        line = Path(f"/proc/{row['pid']}/cmdline")
+        with contextlib.suppress(OSError):
+            if row["host"] == socket.gethostname() and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
+                found.append(row["pid"])
+    return found
 
 
 def _patience(run_dir: Path) -> float:

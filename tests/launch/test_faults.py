@@ -99,6 +99,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_run, long_data):
     assert_same(run_dir, undisturbed)
 
 
+def test_ranks_that_outlive_their_launcher_are_ended(make_run, long_data):
+    """And nobody else may train the run meanwhile."""
+    options = {"data": long_data, "zero_stage": 3}
+    undisturbed, run_dir = make_run("undisturbed", **options), make_run("disturbed", **options)
+    launch(undisturbed, [])
+    process = start(run_dir, [{"kind": "hang", "rank": 1, "step": 7}])
+    while len(losses(run_dir)) < 7 and process.poll() is None:
+        time.sleep(0.02)
+    assert "is being trained by processes" in launch(run_dir, [], expected=1)
+    (torchrun,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(torchrun), signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "starting again;" in output
+    assert_same(run_dir, undisturbed)
+
+
 def test_what_was_wrong_is_said(make_run, long_data):
     """The newest checkpoint is cut off and a rank killed; another fails by itself."""
     run_dir = make_run(data=long_data)
