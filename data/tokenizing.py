@@ -126,6 +126,11 @@ class Encoder:
         else:
             context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
             self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (spec,))
+            # An interrupt is for this process alone. What it ignores its workers ignore from their first moment on
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for _ in range(num_workers):
+                self._pool.submit(os.getpid)  # each starts a process
+            signal.signal(signal.SIGINT, handler)
 
     def __enter__(self) -> "Encoder":
         return self
@@ -178,7 +183,6 @@ def _start(spec: TokenizerSpec) -> None:
 
 def _start_worker(spec: TokenizerSpec) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _start(spec)
 

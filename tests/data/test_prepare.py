@@ -313,4 +313,4 @@ def test_an_interrupt_shows_one_traceback_and_no_worker_s(make_config, texts, tm
     wait_for(tmp_path / "interrupted" / ".wiki.partial" / "shard-00003.bin", process)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert errors.decode().count("Traceback") == 1
+    assert errors.decode().count("Traceback") == 1, errors.decode()
