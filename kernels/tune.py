@@ -12,7 +12,7 @@ import torch
 import triton
 from rich.progress import Progress
 
-from brumby.kernels import attention_form, state_form
+from brumby.kernels import attention_form, state_products
 from brumby.kernels.tiles import KERNELS, TABLES, WIDTHS, Table, key, slug, trial
 
 T, H, R = 4096, 4, 2
@@ -52,12 +52,12 @@ def calls(dtype: torch.dtype, width: int, device: torch.device) -> dict[str, Cal
     }
     if width in STATE_WIDTHS:
 
-        def products() -> state_form.Products:
-            return state_form.Products(width, width, 1024, dtype, device)
+        def products() -> state_products.Products:
+            return state_products.Products(width, width, 1024, dtype, device)
 
         ones = torch.ones(1, H * R, T, device=device)
-        e = state_form.prepare(q, dy, ones, H, True)
-        s = torch.randn(H, T // 1024, state_form.num_tiles(width) * 128, width, device=device).to(dtype)
+        e = state_products.prepare(q, dy, ones, H, True)
+        s = torch.randn(H, T // 1024, state_products.num_tiles(width) * 128, width, device=device).to(dtype)
         z = torch.rand(H, T // 1024, width, width, device=device)
         found |= {
             "sum": lambda: products().sums(e),

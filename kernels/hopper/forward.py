@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from brumby.kernels.gates import Spans, factors
 from brumby.kernels.hopper.language import (
+    FLAT,
     advance,
     as_matrix,
     as_tile,
@@ -115,7 +116,6 @@ def _multiply(
     LP: gl.constexpr = gl.DotOperandLayout(0, LY, 2)
     LR: gl.constexpr = gl.SliceLayout(1, LS)
     LC: gl.constexpr = gl.SliceLayout(0, LS)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     zeros = gl.zeros([M, BK], gl.float32, LS)
     b_q = as_matrix(s_q.index(W), s_v.dtype, M, K)
     i_stage = 0
@@ -127,11 +127,11 @@ def _multiply(
         o_q = i_q + W * M + gl.arange(0, M, LR)  # [M]
         o_k = i_q + gl.arange(0, BK, LC)  # [BK]
         m_q = o_q < T
-        p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
         b_a = gl.full([M], 1.0, gl.float32, LR)
         G_q = 0.0
         G_e = 0.0
         if FACTORS:
+            p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
             G_q = gl.load(p_Gh + i_q)  # the first query: the reference point
             b_G = gl.where(m_q, gl.load(p_Gh + o_q, m_q, 0) - G_q, 0).to(gl.float32)  # [M]
             b_G_k = (gl.load(p_Gh + o_k, o_k < T, 0) - G_q).to(gl.float32)  # [BK]

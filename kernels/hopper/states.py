@@ -1,4 +1,4 @@
-"""The state form's three products for Hopper, in Gluon: K and V 128, bf16. `state_form.py` has the mathematics.
+"""The state form's three products for Hopper, in Gluon: K and V 128, bf16. `state_products.py` has their form.
 
 Persistent programs of three warpgroups: one warp brings tiles into rings of shared memory, two warpgroups
 multiply. What Triton cannot say is where an operand lives: x stays in registers for the whole loop over a state's
@@ -34,7 +34,7 @@ from brumby.kernels.hopper.language import (
     tma_load,
     tma_store,
 )
-from brumby.kernels.state_form import Heads, Products
+from brumby.kernels.state_products import Heads, Products
 
 ROWS = gl.constexpr(128)  # of a tile of the state
 M = gl.constexpr(64)  # tokens, or rows of a state, of a warpgroup
@@ -246,9 +246,8 @@ def _window(s_rows, tile, window: gl.constexpr, b_x0, b_x1, b_x2, b_x3, LX: gl.c
 
 @gluon.jit
 def _answer_multiply(
-    s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h, NC, N, R, C,
-    TILES, HX, T,
-    W: gl.constexpr, V: gl.constexpr, NORMALISE: gl.constexpr, RING: gl.constexpr,
+    s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h,
+    NC, N, R, C, TILES, HX, T, W: gl.constexpr, V: gl.constexpr, NORMALISE: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: phi(x) . S of 64 tokens."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
@@ -331,18 +330,15 @@ def _answer_kernel(
         [
             (_answer_multiply, (
                 s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h,
-                NC, N, R, C, TILES, HX, T,
-                0, V, NORMALISE, RING,
+                NC, N, R, C, TILES, HX, T, 0, V, NORMALISE, RING,
             )),
             (_answer_multiply, (
                 s_x, s_xT, s_s, x_full, x_empty, full, empty, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h,
-                NC, N, R, C, TILES, HX, T,
-                1, V, NORMALISE, RING,
+                NC, N, R, C, TILES, HX, T, 1, V, NORMALISE, RING,
             )),
             (_state_load, (
-                d_x, d_xT, d_x, d_z, d_s, s_x, s_xT, s_x, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES,
-                HX,
-                NORMALISE, False, RING,
+                d_x, d_xT, d_x, d_z, d_s, s_x, s_xT, s_x, s_s, x_full, x_empty, full, empty,
+                NC, N, R, C, TILES, HX, NORMALISE, False, RING,
             )),
         ],
         [4, 1],
@@ -475,9 +471,8 @@ def _gradient_kernel(d_x, d_xT, d_u, d_z, d_s, p_w, p_d, NC, N, R, C, TILES, HX,
                 s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, p_w, p_d, NC, N, R, C, TILES, T, 1, V, RING,
             )),
             (_state_load, (
-                d_x, d_xT, d_u, d_z, d_s, s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty, NC, N, R, C, TILES,
-                HX,
-                True, True, RING,
+                d_x, d_xT, d_u, d_z, d_s, s_x, s_xT, s_u, s_s, x_full, x_empty, full, empty,
+                NC, N, R, C, TILES, HX, True, True, RING,
             )),
         ],
         [4, 1],

@@ -95,7 +95,7 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_instead  # type: ignore[method-assign]
     torch.cuda.get_device_properties = lambda _: Properties  # type: ignore[assignment]
-    from brumby.kernels import attention_form, hopper, state_form
+    from brumby.kernels import RetentionBuffer, RetentionState, attention_form, decode, hopper, state_form
     from brumby.kernels.gates import cumulate, gate_gradient, spans
 
     def inputs(K: int, V: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -105,7 +105,7 @@ def main() -> None:
         return q, k, v, dy, torch.zeros(1, 2048, 2)
 
     documents = torch.tensor([0, 1000, 2048])
-    on_hopper, products = attention_form.on_hopper, state_form.products
+    products = state_form.products
     for K, V, dtype, fast in (
         (128, 128, torch.bfloat16, True),
         (64, 64, torch.bfloat16, True),
@@ -115,8 +115,8 @@ def main() -> None:
         attention_form.on_hopper = lambda *_, fast=fast: fast
         state_form.products = hopper.HopperProducts if fast and K == 128 else products
         q, k, v, dy, log_g = inputs(K, V, dtype)
-        G = cumulate(log_g)
-        for cu_seqlens in (None, documents) if fast else (None,):
+        gates = cumulate(log_g)
+        for G, cu_seqlens in ((gates, None), (None, None), (gates, documents), (None, documents)):
             span = spans(2048, cu_seqlens, None, q.device)
             y, l_inv = attention_form.forward(q, k, v, G, span, 2, 1e-20)
             delta = attention_form.delta(dy, q, k, v, y, l_inv, G, span, 2)
@@ -124,7 +124,11 @@ def main() -> None:
             gate_gradient(qdq, kdk, None, cu_seqlens, 2)
         y, l_inv, _ = state_form.forward(q, k, v, log_g, None, 1024, 1e-20, None, False)
         state_form.backward(dy, None, q, k, v, log_g, None, 1024, None, None, y, l_inv)
-    attention_form.on_hopper, state_form.products = on_hopper, products
+        state = RetentionState(torch.zeros(1, 2, K * (K + 1) // 2, V), torch.zeros(1, 2, K * (K + 1) // 2))
+        buffer = RetentionBuffer.empty(k[:, 0], v[:, 0], 64)
+        decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0)
+        buffer.num_tokens = 64
+        decode.fold(state, buffer, 2)
 
     if "--update" in sys.argv:
         figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
