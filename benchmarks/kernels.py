@@ -1,11 +1,13 @@
 """Power retention beside softmax attention and other operators: time, memory and error, on one GPU.
 
-    python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--out FOLDER]
+    python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--activations FILE] [--out FOLDER]
 
 prints a table and writes `kernels.json`: rows of `case`, `implementation`, `direction`, `ms`, `tflops`,
-`peak_bytes` and `error`. Every time is the median of repeated runs of the whole operator, gates included, in one
-process on one device. `tflops` counts softmax attention's matrix products for every implementation, so that it
-compares times. Shapes are Qwen3-14B's: 40 query heads, 8 key-value heads, head_dim 128, bfloat16.
+`peak_bytes` and `error`. Every time is the GPU's, of the whole operator, gates included: the median over replays
+of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops` counts softmax attention's
+matrix products for every implementation, so that it compares times. Shapes are Qwen3-14B's: 40 query heads, 8
+key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all, forward and backward, with
+nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model, for another row of errors.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,6 +49,8 @@ CASES = {
 CHUNK = 1024
 SWITCH = 8192  # the longest sequence that runs in the attention form
 WEAK, STRONG = 10.0, 4.53  # mean logits of gates: half-lives of 15,000 tokens, and of 64
+ALL = ["first call", "launch", "activations", *CASES, "decode"]
+DIRECTIONS = ("forward", "backward")
 Form = Callable[..., Tensor]
 
 
@@ -94,43 +104,98 @@ def forms(T: int, peers: list[str]) -> dict[str, Form]:
     return found
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    return triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+def graph_us(functions: list[Callable[[], object]]) -> float:
+    """Microseconds a call: the functions one after the other in a CUDA graph, the median of its replays."""
+    for function in functions:
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for function in functions:
+            function()
+
+    def replay(repeats: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return sorted(a.elapsed_time(b) * 1e3 for a, b in pairwise(events))
+
+    once = replay(2)[0]
+    times = replay(max(5, min(100, int(2e5 / once))))
+    return times[len(times) // 2] / len(functions)
+
+
+def differentiable(form: Form, made: tuple[Tensor, ...]) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
+    """Forward and backward of a form as functions without arguments."""
+    *tensors, dy = made
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = form(*leaves)
+    return lambda: form(*leaves), lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
 
 
 def measure(form: Form, made: tuple[Tensor, ...]) -> dict[str, float]:
     """Milliseconds forward and backward, and the bytes that both need beyond inputs and gradients."""
-    *tensors, dy = made
-    leaves = [x.detach().requires_grad_() for x in tensors]
-
-    def backward() -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
-
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = form(*leaves)
+    forward, backward = differentiable(form, made)
     gradients = backward()
     peak = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients if x is not None)
     del gradients
-    forward_ms = median_ms(lambda: form(*leaves))
-    return {"forward": forward_ms, "backward": median_ms(backward), "peak_bytes": peak}
+    return {"forward": graph_us([forward]) / 1e3, "backward": graph_us([backward]) / 1e3, "peak_bytes": peak}
+
+
+def launch_us(function: Callable[[], object], repeats: int = 200) -> float:
+    """Microseconds that the CPU takes for a call."""
+    for _ in range(10):
+        function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    us = (time.perf_counter() - start) * 1e6 / repeats
+    torch.cuda.synchronize()
+    return us
+
+
+def first_call() -> None:
+    """Print the seconds that forward and backward take; in a process of its own."""
+    B, T = CASES["64k"]
+    made = inputs(B, T, WEAK)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _, backward = differentiable(brumby(chunk_size=CHUNK), made)
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    backward()
+    torch.cuda.synchronize()
+    print(json.dumps({"forward": middle - start, "backward": time.perf_counter() - middle}))
 
 
 def errors(form: Form, made: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative RMS error of y and of every gradient against float64."""
+    """Relative RMS error of y and of every gradient against float64, which takes one key-value head at a time."""
     *tensors, dy = made
 
-    def run(form: Form, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(torch.promote_types(x.dtype, dtype)).requires_grad_() for x in tensors]
+    def run(form: Form, tensors: Iterable[Tensor], dy: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
         y = form(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
-    exact = run(brumby(implementation="reference"), torch.float64)
-    names = ("y", "dq", "dk", "dv", "dlog_g")
-    return {
-        name: float((x.double() - e).norm() / e.norm())
-        for name, x, e in zip(names, run(form, torch.bfloat16), exact, strict=True)
-    }
+    found = run(form, tensors, dy)
+    reference = brumby(implementation="reference")
+    squares = torch.zeros(2, len(found), dtype=torch.float64, device=dy.device)
+    heads = tensors[1].shape[2]
+    for b, h in product(range(len(dy)), range(heads)):
+
+        def part(x: Tensor, b: int = b, h: int = h) -> Tensor:
+            return x[b : b + 1].tensor_split(heads, 2)[h].double()
+
+        for i, e in enumerate(run(reference, map(part, tensors), part(dy))):
+            squares[0, i] += (part(found[i]) - e).square().sum()
+            squares[1, i] += e.square().sum()
+    return dict(zip(("y", "dq", "dk", "dv", "dlog_g"), (squares[0] / squares[1]).sqrt().tolist(), strict=True))
 
 
 def floors() -> dict[str, float]:
@@ -139,28 +204,9 @@ def floors() -> dict[str, float]:
     x = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     return {
-        "matrix_tflops": 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9,
-        "copy_gbps": 2 * x.nbytes / median_ms(lambda: y.copy_(x)) / 1e6,
+        "matrix_tflops": 2 * 8192**3 / graph_us([lambda: a @ b]) / 1e6,
+        "copy_gbps": 2 * x.nbytes / graph_us([lambda: y.copy_(x)]) / 1e3,
     }
-
-
-def graph_us(functions: list[Callable[[], object]], repeats: int = 10) -> float:
-    """Microseconds a call: the functions one after the other in a CUDA graph, the median of its replays."""
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for function in functions:
-            function()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in pairwise(events))[repeats // 2] * 1e3 / len(functions)
 
 
 def decoding(B: int, C: int = 64) -> dict[str, float]:
@@ -193,8 +239,9 @@ def decoding(B: int, C: int = 64) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "decode"], default=[*CASES, "decode"])
+    parser.add_argument("--cases", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--peers", nargs="*", choices=["retention", "fla"], default=[])
+    parser.add_argument("--activations", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -202,47 +249,79 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     out = args.out or Path(__file__).parent / "results" / device.lower().replace(" ", "-")
     torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
+    torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on it, and autograd stays on it
     head = {
         "device": device, "date": str(date.today()), "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), **floors(),
     }  # fmt: skip
     print(head, flush=True)
+    rows: list[dict[str, object]] = []
     for case in args.cases:
-        if case == "decode":
-            for B in (1, 32):
-                us = decoding(B)
-                rows += [
-                    {"case": f"decode b={B}", "implementation": "brumby", "direction": name, "ms": t / 1e3}
-                    for name, t in us.items()
-                ]
-                print(f"decode b={B}", *(f"{name} {t:.1f} us" for name, t in us.items()), flush=True)
-            continue
-        B, T = CASES[case]
-        made = inputs(B, T, WEAK)
-        todo = [(case, name, form, made) for name, form in forms(T, args.peers).items()]
-        if case == "8k":
-            todo.append(("8k, strong gates", "brumby", forms(T, [])["brumby"], inputs(B, T, STRONG)))
-        for label, name, form, tensors in todo:
-            found = measure(form, tensors)
-            error = errors(form, tensors) if name.startswith("brumby") and T <= SWITCH else None
-            flop = 4 * B * HQ * T * T / 2 * D
-            for direction, products in (("forward", 1.0), ("backward", 2.5)):
-                ms = found[direction]
-                rows.append(
-                    {"case": label, "implementation": name, "direction": direction, "ms": ms,
-                     "tflops": products * flop / ms / 1e9, "peak_bytes": found["peak_bytes"], "error": error}
-                )  # fmt: skip
-            print(
-                f"{label:18s} {name:24s} {found['forward']:9.3f} ms {found['backward']:9.3f} ms "
-                f"{found['peak_bytes'] / 2**30:6.2f} GiB",
-                "" if error is None else " ".join(f"{k} {v:.1e}" for k, v in error.items()),
-                flush=True,
-            )
+        for row in run(case, args.peers, args.activations):
+            print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+            rows.append(row)
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".kernels.json.part"
     part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     part.rename(out / "kernels.json")
+
+
+def run(case: str, peers: list[str], activations: Path | None) -> Iterator[dict[str, object]]:
+    """Rows of a case."""
+    if case == "first call":
+        with tempfile.TemporaryDirectory() as cache:
+            code = f"from {__spec__.name} import first_call; first_call()"
+            environment = os.environ | {"TRITON_CACHE_DIR": cache}
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True
+            )
+        for direction, seconds in json.loads(done.stdout).items():
+            yield {"case": case, "implementation": "brumby", "direction": direction, "ms": seconds * 1e3}
+        return
+    if case == "launch":
+        for name, form in forms(256, peers).items():
+            for direction, function in zip(DIRECTIONS, differentiable(form, inputs(1, 256, WEAK)), strict=True):
+                us = launch_us(function)
+                yield {"case": case, "implementation": name, "direction": direction, "ms": us / 1e3}
+        return
+    if case == "decode":
+        for B in (1, 32):
+            for name, us in decoding(B).items():
+                yield {"case": f"{case} b={B}", "implementation": "brumby", "direction": name, "ms": us / 1e3}
+        return
+    if case == "activations":
+        if activations is not None:
+            real = load_file(activations, device="cuda")
+            made = *(real[name] for name in ("q", "k", "v", "log_g")), torch.randn_like(real["q"])
+            for name, form in (("brumby", brumby()), ("brumby, plain", brumby(implementation="reference"))):
+                for direction, e in split(errors(form, made)).items():
+                    yield {"case": case, "implementation": name, "direction": direction, "error": e}
+        return
+    B, T = CASES[case]
+    todo = [(case, name, form, WEAK) for name, form in forms(T, peers).items()]
+    if T == SWITCH:
+        todo.append(("8k, strong gates", "brumby", brumby(), STRONG))
+    for label, name, form, gates in todo:
+        made = inputs(B, T, gates)
+        try:
+            found = measure(form, made)
+        except RuntimeError as problem:  # a peer that cannot
+            print(f"{label} {name}: {problem}", file=sys.stderr)
+            continue
+        error = split(errors(form, made)) if name.startswith("brumby") and T <= SWITCH else {}
+        flop = 4 * B * HQ * T * T / 2 * D
+        for direction, products in zip(DIRECTIONS, (1.0, 2.5), strict=True):
+            ms = found[direction]
+            yield {
+                "case": label, "implementation": name, "direction": direction, "ms": ms,
+                "tflops": products * flop / ms / 1e9, "peak_bytes": found["peak_bytes"],
+                "error": error.get(direction),
+            }  # fmt: skip
+
+
+def split(error: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Errors by direction."""
+    return {"forward": {"y": error.pop("y")}, "backward": error}
 
 
 if __name__ == "__main__":

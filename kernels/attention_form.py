@@ -137,14 +137,14 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(
-    d_q, d_k, d_v, d_y, d_dy, p_l_inv, p_delta, p_G, p_first, T, H, P: tl.constexpr, R: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+def _row_sum_kernel(
+    d_q, d_k, d_v, d_y, d_dy, p_l_inv, p_delta, p_dy2, p_y2, p_G, p_first, T, H, P: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta = y . dy, and where a document has just begun, sum_j w_ij / l_i v_j . dy.
+    """`RowSums`. Where a document has just begun, delta is sum_j w_ij / l_i v_j . dy, else y . dy.
 
-    With few keys the two cancel in ds, and u can be large: there y's rounding would be most of dq.
+    With few keys the two terms of ds cancel, and u can be large: there y's rounding would be most of dq.
     """
     i_b = tl.program_id(0) // (H * R)
     i_hq = tl.program_id(0) % (H * R)
@@ -154,8 +154,11 @@ def _delta_kernel(
     m_t = o_t < T
     i_row = tl.program_id(0).to(tl.int64) * T + o_t
     b_dy = _load(d_dy, i_b, i_hq, i_t, BT, V)  # [BT, V]
+    b_dyf = b_dy.to(tl.float32)  # [BT, V]
     b_y = _load(d_y, i_b, i_hq, i_t, BT, V).to(tl.float32)  # [BT, V]
-    b_delta = tl.sum(b_y * b_dy.to(tl.float32), 1)  # [BT]
+    tl.store(p_dy2 + i_row, tl.sum(b_dyf * b_dyf, 1), m_t)
+    tl.store(p_y2 + i_row, tl.sum(b_y * b_y, 1), m_t)
+    b_delta = tl.sum(b_y * b_dyf, 1)  # [BT]
     if EXACT:
         begins = i_t == 0
         if PACKED:
@@ -425,23 +428,30 @@ def forward(
     return y, l_inv
 
 
-def delta(
+class RowSums(NamedTuple):
+    """Per query, float32 [B, HQ, T]."""
+
+    delta: Tensor  # sum_j w_ij / l_i v_j . dy
+    dy2: Tensor  # |dy|^2
+    y2: Tensor  # |y|^2
+
+
+def row_sums(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, l_inv: Tensor, G: Tensor | None,
-    documents: Spans | None,
-    power: int, exact: bool = True,
-) -> Tensor:  # fmt: skip
-    """sum_j w_ij / l_i v_j . dy, float32 [B, HQ, T]. `exact`: sequences begin here, not with a state."""
+    documents: Spans | None, power: int, exact: bool = True,
+) -> RowSums:  # fmt: skip
+    """`exact`: sequences begin here, not with a state."""
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
-    out = torch.empty_like(l_inv)
+    sums = RowSums(*(torch.empty_like(l_inv) for _ in range(3)))
     first = None if documents is None else documents.first
-    _delta_kernel[(B * HQ, triton.cdiv(T, 64))](
+    _row_sum_kernel[(B * HQ, triton.cdiv(T, 64))](
         descriptor(q, 64, K), descriptor(k, 64, K), descriptor(v, 64, V), descriptor(y, 64, V),
-        descriptor(dy, 64, V), l_inv, out, G, first, T, H, power, HQ // H, K, V, 64,
+        descriptor(dy, 64, V), l_inv, *sums, G, first, T, H, power, HQ // H, K, V, 64,
         G is not None, documents is not None, exact, precision(q.dtype),
     )  # fmt: skip
-    return out
+    return sums
 
 
 class FromStates(NamedTuple):
@@ -456,14 +466,14 @@ NOTHING = FromStates()
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor,
-    delta: Tensor, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = NOTHING,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, l_inv: Tensor,
+    sums: RowSums, G: Tensor | None, span: Spans | None, power: int, from_states: FromStates = NOTHING,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write dq, dk and dv; return q . dq [B, HQ, T] and k . dk [B, H, T], float32, whence the gates' gradient."""
     if on_hopper(q, v, power):
         from brumby.kernels import hopper
 
-        return hopper.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, from_states)
+        return hopper.backward(dy, q, k, v, dq, dk, dv, l_inv, sums, G, span, from_states)
     B, T, HQ, _ = q.shape
     H = k.shape[2]
     K, V = _widths(k, v)
@@ -475,8 +485,8 @@ def backward(
     qdq = torch.empty_like(l_inv)
     _query_gradient_kernel[(B * HQ, triton.cdiv(T, BQ))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dq, BQ, K), from_states.dq, qdq, l_inv, delta, G, c, begin, first, T, H, power, HQ // H, K, V,
-        BQ, BK, gated, packed, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
+        descriptor(dq, BQ, K), from_states.dq, qdq, l_inv, sums.delta, G, c, begin, first, T, H, power, HQ // H,
+        K, V, BQ, BK, gated, packed, precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
     BQ, BK, num_warps, num_stages = tile_sizes("key_value_gradient", q.dtype, max(K, V), q.device)
@@ -484,7 +494,7 @@ def backward(
     kdk = l_inv.new_empty(B, H, T)
     _key_value_gradient_kernel[(B * H, triton.cdiv(T, BK))](
         descriptor(q, BQ, K), descriptor(k, BK, K), descriptor(v, BK, V), descriptor(dy, BQ, V),
-        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, delta, G, c,
+        descriptor(dk, BK, K), descriptor(dv, BK, V), from_states.dk, from_states.dv, kdk, l_inv, sums.delta, G, c,
         stop,
         first, end, T, H, power, HQ // H, K, V, BQ, BK, gated, packed, precision(q.dtype), num_stages,
         num_warps=num_warps,

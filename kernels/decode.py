@@ -203,8 +203,11 @@ def _step_kernel(
     BV: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (b * H + h, n) of S a head: the first ceil((t + 1) / BC) answer for tokens, the others for s."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # the dividing programs start, and wait
     i_bh = tl.program_id(0).to(tl.int64)
     i_bch = i_bh // H * C * H + i_bh % H
     n, num_blocks = tl.program_id(1), tl.cdiv(t + 1, BC)
@@ -240,8 +243,11 @@ def _divide_kernel(
     V: tl.constexpr,
     BS: tl.constexpr,
     BV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (b * H + h) * R + r adds up the partial sums of one query head and divides them."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # until the step's kernel has ended
     i_bh, i_r = tl.program_id(0).to(tl.int64) // R, tl.program_id(0) % R
     o_v = tl.arange(0, BV)
     b_o = tl.zeros([BV], tl.float32)
@@ -345,14 +351,16 @@ def step(
     y = v.new_empty(B, H * R, V)
     BR = 2 ** (R.bit_length() - 1)
     BT = triton.next_power_of_2(R - BR) if R > BR else 0
+    early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9  # programmatic dependent launch
     with torch.cuda.device_of(q):
         _step_kernel[B * H, num_parts](
             q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
             state.s, state.z, buffer.k, buffer.v, buffer.G, o, l_, buffer.num_tokens, scale, H, C,
-            K, V, R, BR, BT, STEP.BC, STEP.BJ, _block(K), _block(V), STEP.num_warps, STEP.num_stages,
+            K, V, R, BR, BT, STEP.BC, STEP.BJ, _block(K), _block(V), STEP.num_warps, STEP.num_stages, early,
             num_warps=STEP.num_warps,
         )  # fmt: skip
-        _divide_kernel[B * H * R,](o, l_, y, num_parts, EPS, R, V, BS, _block(V))
+        options = {"launch_pdl": True} if early else {}
+        _divide_kernel[B * H * R,](o, l_, y, num_parts, EPS, R, V, BS, _block(V), early, **options)
     return y
 
 

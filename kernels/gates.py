@@ -26,6 +26,8 @@ class Spans(NamedTuple):
 
 def spans(T: int, cu_seqlens: Tensor | None, chunk: int | None, device: torch.device) -> Spans | None:
     """Of documents, of chunks, or of what documents leave of chunks; None where all tokens see each other."""
+    if cu_seqlens is None and chunk is None:
+        return None
     t = torch.arange(T, device=device)
     first, end = 0 * t, 0 * t + T
     if cu_seqlens is not None:
@@ -34,8 +36,6 @@ def spans(T: int, cu_seqlens: Tensor | None, chunk: int | None, device: torch.de
     if chunk is not None:
         start = t // chunk * chunk
         first, end = torch.maximum(first, start), torch.minimum(end, start + chunk)
-    elif cu_seqlens is None:
-        return None
     return Spans(first.int(), end.int())
 
 

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from brumby.kernels import attention_form
-from brumby.kernels.attention_form import FromStates, delta
+from brumby.kernels.attention_form import FromStates, RowSums, row_sums
 from brumby.kernels.gates import cumulate, gate_gradient, spans
 from brumby.kernels.power_retention import RetentionState
 from brumby.kernels.state_products import Heads, Products, normalisers, num_tiles, prepare, products, scan
@@ -203,18 +203,18 @@ def backward(
     a, c, g = chunk_gates(G, None if documents is None else documents.first, B, H, T, C, q.device)
     p = products(K, V, C, q.dtype, q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta_q = delta(dy, q, k, v, y, l_inv, G, documents, 2, exact=initial is None)
+    sums = row_sums(dy, q, k, v, y, l_inv, G, documents, 2, exact=initial is None)
     qdq, kdk = torch.empty_like(l_inv), l_inv.new_empty(B, H, T)
     d_firsts = []
     for b, h in _groups(p, B, H, T):
         hq = slice(h.start * R, h.stop * R)
         n = h.stop - h.start
         c_h, g_h = c[b, h].contiguous(), g[b, h].contiguous()
-        l_q, d_q = l_inv[b, hq], delta_q[b, hq]
+        l_q, sums_q = l_inv[b, hq], RowSums(*(x[b, hq] for x in sums))
         first = None if initial is None else RetentionState(*(x[b, h] for x in initial))
         d_last = None if d_final is None else RetentionState(*(x[b, h] for x in d_final))
         a_q = a[b, h].repeat_interleave(R, 1) * l_q
-        w_q = -a_q * d_q
+        w_q = -a_q * sums_q.delta
         keys = prepare(k[b, :, h], v[b, :, h], c_h, n, p.expanded)
         queries = prepare(q[b, :, hq], dy[b, :, hq], a_q, n, p.expanded)
 
@@ -233,8 +233,8 @@ def backward(
             del after
         del keys, queries
         qdq[b, hq], kdk[b, h] = attention_form.backward(
-            dy[b, :, hq], q[b, :, hq], k[b, :, h], v[b, :, h], y[b, :, hq], dq[b, :, hq], dk[b, :, h], dv[b, :, h],
-            l_q, d_q, None if G is None else G[b, h], inside, 2, FromStates(dq_state, dk_state, dv_state),
+            dy[b, :, hq], q[b, :, hq], k[b, :, h], v[b, :, h], dq[b, :, hq], dk[b, :, h], dv[b, :, h],
+            l_q, sums_q, None if G is None else G[b, h], inside, 2, FromStates(dq_state, dk_state, dv_state),
         )  # fmt: skip
         del dq_state, dk_state, dv_state
     dlog_g = None

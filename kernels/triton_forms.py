@@ -7,6 +7,8 @@ and so is its backward. What they save is their inputs, y and 1 / l: states are 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,10 +16,26 @@ import triton
 from torch import Tensor
 
 from brumby.kernels import attention_form, state_form
+from brumby.kernels.ahead import compile_ahead
 from brumby.kernels.gates import cumulate, gate_gradient, spans
 from brumby.kernels.power_retention import EPS, FORMS, RetentionState, _documents, _empty
 
 CHUNK = 128  # chunks are multiples of it: what a chunk is does not change the result
+
+
+def _kernels(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an operator: run on its tensors' device, with all kernels compiled before the first starts."""
+
+    @wraps(body)
+    def operator(*args: Any) -> Any:
+        if not args[0].is_cuda:  # Triton's interpreter
+            return body(*args)
+        with torch.cuda.device_of(args[0]):
+            kinds = ((x.dtype, x.shape[2:] if x.dim() == 4 else 0) if isinstance(x, Tensor) else x for x in args)
+            compile_ahead((body.__name__, args[0].device, *kinds), lambda: body(*args))
+            return body(*args)
+
+    return operator
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -25,13 +43,13 @@ CHUNK = 128  # chunks are multiples of it: what a chunk is does not change the r
 
 
 @torch.library.custom_op("brumby::attention_form", mutates_args=())
+@_kernels
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, power: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, HQ, V] and 1 / l [B, HQ, T] float32."""
-    with torch.cuda.device_of(q):  # kernels start on the current device
-        G = None if log_g is None else cumulate(log_g)
-        return attention_form.forward(q, k, v, G, spans(q.shape[1], cu_seqlens, None, q.device), power, eps)
+    G = None if log_g is None else cumulate(log_g)
+    return attention_form.forward(q, k, v, G, spans(q.shape[1], cu_seqlens, None, q.device), power, eps)
 
 
 @_attention.register_fake
@@ -43,18 +61,18 @@ def _(
 
 
 @torch.library.custom_op("brumby::attention_form_backward", mutates_args=())
+@_kernels
 def _attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, power: int,
     y: Tensor, l_inv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and dlog_g (empty without gates)."""
-    with torch.cuda.device_of(q):  # kernels start on the current device
-        G = None if log_g is None else cumulate(log_g)
-        span = spans(q.shape[1], cu_seqlens, None, q.device)
-        delta = attention_form.delta(dy, q, k, v, y, l_inv, G, span, power)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        qdq, kdk = attention_form.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, G, span, power)
-        dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, None, cu_seqlens, power)
+    G = None if log_g is None else cumulate(log_g)
+    span = spans(q.shape[1], cu_seqlens, None, q.device)
+    sums = attention_form.row_sums(dy, q, k, v, y, l_inv, G, span, power)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    qdq, kdk = attention_form.backward(dy, q, k, v, dq, dk, dv, l_inv, sums, G, span, power)
+    dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, None, cu_seqlens, power)
     return dq, dk, dv, dlog_g
 
 
@@ -93,13 +111,13 @@ def _parts(state: RetentionState | None, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("brumby::state_form", mutates_args=())
+@_kernels
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s: Tensor | None, z: Tensor | None,
     cu_seqlens: Tensor | None, chunk: int, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y [B, T, HQ, V], 1 / l [B, HQ, T] float32, and the final s and z (empty unless `keep`)."""
-    with torch.cuda.device_of(q):  # kernels start on the current device
-        y, l_inv, final = state_form.forward(q, k, v, log_g, cu_seqlens, chunk, eps, _state(s, z), keep)
+    y, l_inv, final = state_form.forward(q, k, v, log_g, cu_seqlens, chunk, eps, _state(s, z), keep)
     return y, l_inv, *_parts(final, l_inv)
 
 
@@ -123,17 +141,17 @@ def _(
 
 
 @torch.library.custom_op("brumby::state_form_backward", mutates_args=())
+@_kernels
 def _chunks_backward(
     dy: Tensor, ds_final: Tensor | None, dz_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     log_g: Tensor | None, s: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, chunk: int,
     y: Tensor, l_inv: Tensor, s_final: Tensor, z_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_g, and the gradients of the initial s and z; empty where there is nothing."""
-    with torch.cuda.device_of(q):  # kernels start on the current device
-        dq, dk, dv, dlog_g, d_initial = state_form.backward(
-            dy, _state(ds_final, dz_final), q, k, v, log_g, cu_seqlens, chunk, _state(s, z),
-            RetentionState(s_final, z_final), y, l_inv,
-        )  # fmt: skip
+    dq, dk, dv, dlog_g, d_initial = state_form.backward(
+        dy, _state(ds_final, dz_final), q, k, v, log_g, cu_seqlens, chunk, _state(s, z),
+        RetentionState(s_final, z_final), y, l_inv,
+    )  # fmt: skip
     return dq, dk, dv, l_inv.new_empty(0) if dlog_g is None else dlog_g, *_parts(d_initial, l_inv)
 
 

@@ -39,11 +39,11 @@ def calls(dtype: torch.dtype, width: int, device: torch.device) -> dict[str, Cal
     # On Hopper these tiles serve only what `hopper/` does not compute
     power = 4 if attention_form.on_hopper(q, v, 2) else 2
     y, l_inv = attention_form.forward(q, k, v, None, None, power, 1e-20)
-    delta = attention_form.delta(dy, q, k, v, y, l_inv, None, None, power)
+    sums = attention_form.row_sums(dy, q, k, v, y, l_inv, None, None, power)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
     def backward() -> None:
-        attention_form.backward(dy, q, k, v, y, dq, dk, dv, l_inv, delta, None, None, power)
+        attention_form.backward(dy, q, k, v, dq, dk, dv, l_inv, sums, None, None, power)
 
     found: dict[str, Callable[[], object]] = {
         "forward": lambda: attention_form.forward(q, k, v, None, None, power, 1e-20),

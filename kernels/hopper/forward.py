@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from brumby.kernels.gates import Spans, factors
+from brumby.kernels.gates import NEGLIGIBLE, Spans, factors, padded
 from brumby.kernels.hopper.language import (
     FLAT,
     advance,
@@ -31,7 +31,6 @@ from brumby.kernels.hopper.language import (
     barrier,
     barriers,
     num_programs,
-    reinterpret,
     release,
     tiles_of,
     tma_load,
@@ -67,32 +66,41 @@ def _begin(
 
 @gluon.jit
 def _load(
-    d_q, d_k, d_v, d_c, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    p_begin, p_first, T, BHQ, HQ, H,
+    d_q, d_k, d_v, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    p_c, p_G, p_begin, p_first, T, BHQ, HQ, H,
     BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """One warp: q once a tile, then k, its column factors and v from the diagonal to the left."""
+    """One warp: q once a tile, then k, its column factors and v from the diagonal to the left.
+
+    A column factor is exp2(G_a - G_j), a the tile's first query.
+    """
     STAGES: gl.constexpr = s_k.shape[0]
+    o_c = gl.arange(0, BK, gl.BlockedLayout([BK // 32], [32], [1], [0]))  # [BK]
     i_stage = 0
     i_phase = 1  # a ring's buffers are empty at first
     q_phase = 1
     for i in range(gl.program_id(0), gl.cdiv(T, BQ) * BHQ, gl.num_programs(0)):
         i_b, i_hq, i_h, i_q = _tile(i, T, BHQ, HQ, H, BQ)
-        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), q_phase)
             mbarrier.expect(q_full.index(w), d_q.block_type.nbytes)
             s_qw = as_tile(s_q.index(w), d_q)
             tma_load(d_q, [i_b, i_hq, i_q + w * (BQ // 2), 0], q_full.index(w), s_qw)
+        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
         q_phase ^= 1
+        G_q = 0.0
+        if FACTORS:
+            p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
+            p_ch = p_c + (i_b * H + i_h).to(gl.int64) * padded(T)
+            G_q = gl.load(p_Gh + i_q)
         for j in range(0, i_q // BK + 1 - begin):
             i_k = i_q - j * BK
             mbarrier.wait(k_empty.index(i_stage), i_phase)
             if FACTORS:
-                mbarrier.expect(k_full.index(i_stage), d_k.block_type.nbytes + d_c.block_type.nbytes)
-                tma_load(d_c, [i_b * H + i_h, i_k], k_full.index(i_stage), s_c.index(i_stage))
-            else:
-                mbarrier.expect(k_full.index(i_stage), d_k.block_type.nbytes)
+                since = gl.exp2(gl.minimum(G_q - gl.load(p_Gh + gl.minimum(i_k + BK, T) - 1), 0.0).to(gl.float32))
+                s_c.index(i_stage).store(gl.load(p_ch + i_k + o_c) * since)
+                barrier()
+            mbarrier.expect(k_full.index(i_stage), d_k.block_type.nbytes)
             tma_load(d_k, [i_b, i_h, i_k, 0], k_full.index(i_stage), s_k.index(i_stage))
             mbarrier.wait(v_empty.index(i_stage), i_phase)
             mbarrier.expect(v_full.index(i_stage), d_v.block_type.nbytes)
@@ -101,12 +109,52 @@ def _load(
 
 
 @gluon.jit
+def _left(
+    n, i_stage, i_phase, b_p, b_y, b_l, b_a, b_q, s_k, s_v, s_c, k_full, k_empty, v_full, v_empty,
+    FACTORS: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """n blocks left of the diagonal. While p v of one block is under way, p of the next is made."""
+    STAGES: gl.constexpr = s_k.shape[0]
+    BK: gl.constexpr = s_k.shape[3]
+    K: gl.constexpr = s_k.shape[4]
+    V: gl.constexpr = s_v.shape[4]
+    M: gl.constexpr = b_y.shape[0]
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    LP: gl.constexpr = b_p.type.layout
+    zeros = gl.zeros([M, BK], gl.float32, LS)
+    for _ in range(0, n):
+        v_stage = i_stage
+        v_phase = i_phase
+        i_stage, i_phase = advance(i_stage, i_phase, STAGES)
+        mbarrier.wait(k_full.index(i_stage), i_phase)
+        b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
+        b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
+        if FACTORS:
+            b_c = s_c.index(i_stage).load(gl.SliceLayout(0, LS))  # [BK]
+        b_s = warpgroup_mma_wait(1, [b_s])  # [M, BK]
+        release(k_empty.index(i_stage))
+        b_next = b_s * b_s  # [M, BK]
+        if ROWS:
+            b_next = b_next * b_a[:, None]
+        if FACTORS:
+            b_next = b_next * b_c[None, :]
+        b_l += gl.sum(b_next, 1)
+        b_next = gl.convert_layout(b_next.to(s_v.dtype), LP)
+        b_y = warpgroup_mma_wait(0, [b_y])
+        release(v_empty.index(v_stage))
+        b_p = b_next
+    return i_stage, i_phase, b_p, b_y, b_l
+
+
+@gluon.jit
 def _multiply(
     d_y, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps,
     W: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: y of 64 queries. While p v of one block is under way, p of the next is made."""
+    """Warpgroup W: y of 64 queries."""
     STAGES: gl.constexpr = s_k.shape[0]
     M: gl.constexpr = BQ // 2
     K: gl.constexpr = s_k.shape[4]
@@ -123,77 +171,73 @@ def _multiply(
     q_phase = 0
     for i in range(gl.program_id(0), gl.cdiv(T, BQ) * BHQ, gl.num_programs(0)):
         i_b, i_hq, i_h, i_q = _tile(i, T, BHQ, HQ, H, BQ)
-        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
-        o_q = i_q + W * M + gl.arange(0, M, LR)  # [M]
-        o_k = i_q + gl.arange(0, BK, LC)  # [BK]
-        m_q = o_q < T
-        b_a = gl.full([M], 1.0, gl.float32, LR)
-        G_q = 0.0
-        G_e = 0.0
-        if FACTORS:
-            p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
-            G_q = gl.load(p_Gh + i_q)  # the first query: the reference point
-            b_G = gl.where(m_q, gl.load(p_Gh + o_q, m_q, 0) - G_q, 0).to(gl.float32)  # [M]
-            b_G_k = (gl.load(p_Gh + o_k, o_k < T, 0) - G_q).to(gl.float32)  # [BK]
-            b_a = gl.exp2(b_G)  # [M], row factor
-            G_e = gl.load(p_Gh + gl.maximum(i_q - 1, 0))
-
-        # The diagonal
         mbarrier.wait(q_full.index(W), q_phase)
         mbarrier.wait(k_full.index(i_stage), i_phase)
         b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
         b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
+        begin = _begin(p_begin, p_first, i_b * H + i_h, i_q, T, BQ, BK, FACTORS, PACKED)
+        o_q = i_q + W * M + gl.arange(0, M, LR)  # [M]
+        o_k = i_q + gl.arange(0, BK, LC)  # [BK]
+        m_q = o_q < T
+        b_a = gl.full([M], 1.0, gl.float32, LR)  # row factor
+        steep = False
+        if FACTORS:
+            p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
+            i_last = gl.minimum(i_q + BQ, T) - 1
+            G_q = gl.load(p_Gh + i_q)  # the first query: the reference point
+            b_G = gl.where(m_q, gl.load(p_Gh + o_q, m_q, 0) - G_q, 0).to(gl.float32)  # [M]
+            b_G_k = (gl.load(p_Gh + o_k, o_k < T, 0) - G_q).to(gl.float32)  # [BK]
+            b_a = gl.exp2(b_G)  # [M]
+            steep = G_q - gl.load(p_Gh + i_last) > NEGLIGIBLE
+
+        # The diagonal
         b_s = warpgroup_mma_wait(0, [b_s])  # [M, BK]
         release(k_empty.index(i_stage))
         m_s = o_k[None, :] <= o_q[:, None]  # [M, BK]
+        b_left = b_a  # row factor left of the diagonal
         if PACKED:
             b_first = gl.load(p_first + o_q, m_q, 0)  # [M]
             m_s = m_s & (o_k[None, :] >= b_first[:, None])
-            b_a = gl.where(b_first == gl.load(p_first + i_q), b_a, 0.0)
+            b_left = gl.where(b_first == gl.load(p_first + i_q), b_a, 0.0)
+            steep = steep | (gl.load(p_first + i_q) != gl.load(p_first + i_last))
         b_s = gl.where(m_s, b_s, 0.0)
         b_p = b_s * b_s
         if FACTORS:
-            b_p *= gl.exp2(gl.where(m_s, b_G[:, None] - b_G_k[None, :], 0.0))
+            # Unless gates fall too steeply, all that a row adds up is relative to its row factor
+            b_own = gl.where(steep, b_G, 0.0)
+            b_p *= gl.exp2(gl.where(m_s, b_own[:, None] - b_G_k[None, :], 0.0))
+            b_a = gl.where(steep, 1.0, b_a)
         b_l = gl.sum(b_p, 1)  # [M]
         b_p = gl.convert_layout(b_p.to(s_v.dtype), LP)
         b_y = gl.zeros([M, V], gl.float32, LY)
 
-        # Left of it: column factors relative to the block's last key, row factors to the first query
-        for j in range(1, i_q // BK + 1 - begin):
-            v_stage = i_stage
-            v_phase = i_phase
-            i_stage, i_phase = advance(i_stage, i_phase, STAGES)
-            mbarrier.wait(k_full.index(i_stage), i_phase)
-            b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
-            b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
-            if FACTORS:
-                since = gl.exp2((G_q - G_e).to(gl.float32))  # type: ignore[attr-defined]
-                G_e = gl.load(p_Gh + gl.maximum(i_q - j * BK - 1, 0))
-                b_row = b_a * since  # [M]
-                b_c = reinterpret(s_c.index(i_stage), gl.float32, [BK], FLAT).load(LC)  # [BK]
-            b_s = warpgroup_mma_wait(1, [b_s])  # [M, BK]
-            release(k_empty.index(i_stage))
-            if FACTORS:
-                b_next = (b_s * b_row[:, None]) * (b_s * b_c[None, :])  # [M, BK]
+        n = i_q // BK - begin
+        if FACTORS:
+            if steep:
+                i_stage, i_phase, b_p, b_y, b_l = _left(
+                    n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
+                    k_full, k_empty, v_full, v_empty, True, True,
+                )  # fmt: skip
             else:
-                b_next = b_s * b_s
-            b_l += gl.sum(b_next, 1)
-            b_next = gl.convert_layout(b_next.to(s_v.dtype), LP)
-            b_y = warpgroup_mma_wait(0, [b_y])
-            release(v_empty.index(v_stage))
-            b_p = b_next
+                i_stage, i_phase, b_p, b_y, b_l = _left(
+                    n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
+                    k_full, k_empty, v_full, v_empty, True, False,
+                )  # fmt: skip
+        else:
+            i_stage, i_phase, b_p, b_y, b_l = _left(
+                n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
+                k_full, k_empty, v_full, v_empty, False, False,
+            )  # fmt: skip
 
         mbarrier.wait(v_full.index(i_stage), i_phase)
         b_y = warpgroup_mma(b_p, as_matrix(s_v.index(i_stage), s_v.dtype, BK, V), b_y, is_async=True)
-        b_l_inv = 1 / (b_l + eps)  # [M]
+        b_l_inv = 1 / (b_l * b_a + eps)  # [M]
         gl.store(p_l_inv + (i_b * HQ + i_hq).to(gl.int64) * T + o_q, b_l_inv, m_q)
         b_y = warpgroup_mma_wait(0, [b_y])
         release(v_empty.index(i_stage))
         i_stage, i_phase = advance(i_stage, i_phase, STAGES)
         q_phase ^= 1
-        b_y = b_y * gl.convert_layout(b_l_inv, gl.SliceLayout(1, LY))[:, None]
+        b_y = b_y * gl.convert_layout(b_a * b_l_inv, gl.SliceLayout(1, LY))[:, None]
         s_y = as_matrix(s_q.index(W), s_v.dtype, M, V)
         s_y.store(b_y.to(d_y.dtype))
         fence_async_shared()
@@ -205,14 +249,14 @@ def _multiply(
 
 @gluon.jit
 def _forward_kernel(
-    d_q, d_k, d_v, d_c, d_y, p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps,
+    d_q, d_k, d_v, d_y, p_l_inv, p_c, p_G, p_begin, p_first, T, BHQ, HQ, H, eps,
     BQ: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = max(d_q.block_type.shape[3], d_y.block_type.shape[3])  # the buffer takes q, then y
     s_q = gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, BQ // 2, D], d_q.layout)
     s_k = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_type.shape, d_v.layout)
-    s_c = gl.allocate_shared_memory(d_c.dtype, [STAGES] + d_c.block_type.shape, d_c.layout)
+    s_c = gl.allocate_shared_memory(gl.float32, [STAGES, BK], FLAT)
     q_full, q_empty = barriers(2, 1), barriers(2, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
@@ -227,8 +271,8 @@ def _forward_kernel(
                 p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps, 1, BQ, BK, FACTORS, PACKED,
             )),
             (_load, (
-                d_q, d_k, d_v, d_c, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                p_begin, p_first, T, BHQ, HQ, H, BQ, BK, FACTORS, PACKED,
+                d_q, d_k, d_v, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                p_c, p_G, p_begin, p_first, T, BHQ, HQ, H, BQ, BK, FACTORS, PACKED,
             )),
         ],
         [4, 1],
@@ -248,13 +292,12 @@ def forward(
     l_inv = q.new_empty(B, HQ, T, dtype=torch.float32)
     first = None if span is None else span.first
     c, begin, _ = factors(G, first, BQ, BK)
-    c = l_inv.new_empty(1, BK) if c is None else c.flatten(0, 1)
     d_q, d_k, d_v, d_y = (
         tiles_of(x.transpose(1, 2), rows, x.shape[-1])
         for x, rows in ((q, BQ // 2), (k, BK), (v, BK), (y, BQ // 2))
     )
     _forward_kernel[num_programs(q, B * HQ * triton.cdiv(T, BQ))](
-        d_q, d_k, d_v, tiles_of(c, BK), d_y, l_inv, G, begin, first, T, B * HQ, HQ, H, eps,
+        d_q, d_k, d_v, d_y, l_inv, c, G, begin, first, T, B * HQ, HQ, H, eps,
         BQ, BK, STAGES, G is not None, span is not None, num_warps=4,
     )  # fmt: skip
     return y, l_inv

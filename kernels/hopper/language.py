@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,14 +71,18 @@ def as_matrix(s_x, dtype: gl.constexpr, R: gl.constexpr, D: gl.constexpr):
     return reinterpret(s_x, dtype, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], dtype))
 
 
+@lru_cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype, swizzled: bool) -> gl.NVMMASharedLayout:
+    known = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.int32: gl.int32}[dtype]
+    if swizzled:
+        return gl.NVMMASharedLayout.get_default_for(list(shape), known)
+    return gl.NVMMASharedLayout(0, known.primitive_bitwidth, len(shape))
+
+
 def tiles_of(x: Tensor, *block: int, swizzled: bool = True) -> TensorDescriptor:
     """A tensor as TMA reads or writes it, in tiles of the last dimensions."""
-    shape = [1] * (x.dim() - len(block)) + list(block)
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.int32: gl.int32}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    if not swizzled:
-        layout = gl.NVMMASharedLayout(0, dtype.primitive_bitwidth, len(shape))
-    return TensorDescriptor.from_tensor(x, shape, layout)
+    shape = (1,) * (x.dim() - len(block)) + block
+    return TensorDescriptor(x, x.shape, x.stride(), list(shape), _layout(shape, x.dtype, swizzled))
 
 
 def num_programs(x: Tensor, units: int) -> tuple[int]:

@@ -160,7 +160,7 @@ def _sum_multiply(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NC", "N", "R", "C"])
 def _sum_kernel(d_x, d_row, d_u, d_s, NC, N, R, C, BT: gl.constexpr, RING: gl.constexpr):
     V: gl.constexpr = d_u.block_type.shape[2]
     matrix: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, BT], d_x.dtype)
@@ -314,7 +314,7 @@ def _answer_multiply(
         release(x_empty.index(W))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NC", "N", "R", "C", "TILES", "HX"])
 def _answer_kernel(
     d_x, d_xT, d_z, d_s, p_a, p_l_inv, p_y, stride_b, stride_t, stride_h, NC, N, R, C, TILES, HX, T,
     NORMALISE: gl.constexpr, RING: gl.constexpr,
@@ -453,7 +453,7 @@ def _gradient_multiply(
         release(x_empty.index(W))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NC", "N", "R", "C", "TILES", "HX"])
 def _gradient_kernel(d_x, d_xT, d_u, d_z, d_s, p_w, p_d, NC, N, R, C, TILES, HX, T, RING: gl.constexpr):
     V: gl.constexpr = d_s.block_type.shape[1]
     s_x = gl.allocate_shared_memory(d_x.dtype, [2] + d_x.block_type.shape, d_x.layout)

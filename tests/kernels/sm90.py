@@ -51,10 +51,11 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
     constants = {p.name for p in self.params if p.is_constexpr}
+    general = {p.name for p in self.params if p.do_not_specialize}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(self.arg_names):
         x = bound[name]
-        if name in constants or x is None or (type(x) is int and x == 1):
+        if name in constants or x is None or (type(x) is int and x == 1 and name not in general):
             signature[name], values[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             signature[name], attributes[i,] = "*" + TYPES[x.dtype], [["tt.divisibility", 16]]
@@ -63,7 +64,7 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
             signature[name] = f"tensordesc<{TYPES[x.base.dtype]}[{','.join(map(str, x.block_shape))}]{layout}>"
         else:
             signature[name] = "fp32" if isinstance(x, float) else "i32"
-            if type(x) is int and x % 16 == 0:
+            if type(x) is int and x % 16 == 0 and name not in general:
                 attributes[i,] = [["tt.divisibility", 16]]
     source = (GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource)(
         self, signature, values, attributes
@@ -119,8 +120,8 @@ def main() -> None:
         for G, cu_seqlens in ((gates, None), (None, None), (gates, documents), (None, documents)):
             span = spans(2048, cu_seqlens, None, q.device)
             y, l_inv = attention_form.forward(q, k, v, G, span, 2, 1e-20)
-            delta = attention_form.delta(dy, q, k, v, y, l_inv, G, span, 2)
-            qdq, kdk = attention_form.backward(dy, q, k, v, y, q, k, v, l_inv, delta, G, span, 2)
+            sums = attention_form.row_sums(dy, q, k, v, y, l_inv, G, span, 2)
+            qdq, kdk = attention_form.backward(dy, q, k, v, q, k, v, l_inv, sums, G, span, 2)
             gate_gradient(qdq, kdk, None, cu_seqlens, 2)
         y, l_inv, _ = state_form.forward(q, k, v, log_g, None, 1024, 1e-20, None, False)
         state_form.backward(dy, None, q, k, v, log_g, None, 1024, None, None, y, l_inv)
