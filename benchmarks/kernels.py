@@ -3,11 +3,12 @@
     python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--activations FILE] [--out FOLDER]
 
 prints a table and writes `kernels.json`: rows of `case`, `implementation`, `direction`, `ms`, `tflops`,
-`peak_bytes` and `error`. Every time is the GPU's, of the whole operator, gates included: the median over replays
+`peak_bytes` and `error`; rows of other cases stay. Every time is the GPU's, of the whole operator, gates included: the median over replays
 of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops` counts softmax attention's
 matrix products for every implementation, so that it compares times. Shapes are Qwen3-14B's: 40 query heads, 8
 key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all, forward and backward, with
 nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model, for another row of errors.
+`--plot docs/kernels.png` draws time per token from the results that are there, without a GPU.
 """
 
 from __future__ import annotations
@@ -243,7 +244,12 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=["retention", "fla"], default=[])
     parser.add_argument("--activations", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.plot:
+        for path in Path(__file__).parent.glob("results/*/kernels.json"):
+            plot(json.loads(path.read_text()), args.plot)
+        return
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device; these are measurements of one")
     device = torch.cuda.get_device_name()
@@ -255,15 +261,16 @@ def main() -> None:
         "python": platform.python_version(), **floors(),
     }  # fmt: skip
     print(head, flush=True)
-    rows: list[dict[str, object]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    path, part = out / "kernels.json", out / ".kernels.json.part"
+    rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in args.cases:
+        rows = [row for row in rows if row["case"].split(",")[0].split(" b=")[0] != case]
         for row in run(case, args.peers, args.activations):
             print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
             rows.append(row)
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / ".kernels.json.part"
-    part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
-    part.rename(out / "kernels.json")
+        part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        part.rename(path)
 
 
 def run(case: str, peers: list[str], activations: Path | None) -> Iterator[dict[str, object]]:
@@ -317,6 +324,31 @@ def run(case: str, peers: list[str], activations: Path | None) -> Iterator[dict[
                 "tflops": products * flop / ms / 1e9, "peak_bytes": found["peak_bytes"],
                 "error": error.get(direction),
             }  # fmt: skip
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Time per token, forward and backward, against the sequence length, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for panel, direction in zip(axes, DIRECTIONS, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in results["rows"]:
+            if row["case"] in CASES and row["direction"] == direction and "," not in row["implementation"]:
+                B, T = CASES[row["case"]]
+                lines.setdefault(row["implementation"], []).append((T, row["ms"] * 1e3 / (B * T)))
+        for name, points in lines.items():
+            panel.plot(*zip(*points, strict=True), label=name, marker="o", linewidth=2 if name == "brumby" else 1)
+        panel.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="microseconds a token")
+        panel.set_title(direction)
+        panel.set_xticks([T for _, T in CASES.values()], labels=list(CASES))
+        panel.minorticks_off()
+    axes[0].legend()
+    figure.suptitle(f"{results['device']}, {HQ} query heads, {H} key-value heads, head_dim {D}, bfloat16")
+    figure.savefig(path, dpi=130)
 
 
 def split(error: dict[str, float]) -> dict[str, dict[str, float]]:

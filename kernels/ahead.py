@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 _ready: set[Hashable] = set()
 
 
 def compile_ahead(key: Hashable, call: Callable[[], object]) -> None:
-    """Compile what `call` launches on the current device, once a key. What it returns here has no meaning."""
+    """Compile what `call` launches on the current device, once a key. What it returns here has no meaning.
+
+    What cannot be compiled or loaded says so when it is launched.
+    """
     if key in _ready:
         return
     _ready.add(key)
@@ -32,11 +38,16 @@ def compile_ahead(key: Hashable, call: Callable[[], object]) -> None:
 
     device = torch.cuda.current_device()
     with ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, device)) as pool:
-        with triton.AsyncCompileMode(pool):
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
             JITFunction.run = note
             try:
                 call()
             finally:
                 JITFunction.run = launch
-        kernels = {id(kernel): kernel for kernel in (x.result() if hasattr(x, "result") else x for x in found)}
-        list(pool.map(lambda kernel: kernel.run, kernels.values()))  # makes the launcher and loads the kernel
+        compiled = (x.result(ignore_errors=True) if hasattr(x, "result") else x for x in found)
+        list(pool.map(_load, {id(kernel): kernel for kernel in compiled if kernel is not None}.values()))
+
+
+def _load(kernel: CompiledKernel) -> None:
+    with suppress(OutOfResources):
+        kernel.run  # noqa: B018  # makes the launcher and loads the kernel

@@ -13,6 +13,7 @@ import triton
 from rich.progress import Progress
 
 from brumby.kernels import attention_form, state_products
+from brumby.kernels.ahead import compile_ahead
 from brumby.kernels.tiles import KERNELS, TABLES, WIDTHS, Table, key, slug, trial
 
 T, H, R = 4096, 4, 2
@@ -109,6 +110,13 @@ def _fastest(
     call: Callable[[], object],
     time: Callable[[Callable[[], object]], float],
 ) -> list[int]:
+    def call_all() -> None:
+        for sizes in candidates(kernel, dtype):
+            with trial(kernel, entry, sizes):
+                call()
+
+    if torch.cuda.is_available():
+        compile_ahead(("tune", kernel, entry), call_all)
     times: dict[tuple[int, ...], float] = {}
     for sizes in candidates(kernel, dtype):
         with trial(kernel, entry, sizes):

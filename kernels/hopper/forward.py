@@ -109,58 +109,19 @@ def _load(
 
 
 @gluon.jit
-def _left(
-    n, i_stage, i_phase, b_p, b_y, b_l, b_a, b_q, s_k, s_v, s_c, k_full, k_empty, v_full, v_empty,
-    FACTORS: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """n blocks left of the diagonal. While p v of one block is under way, p of the next is made."""
-    STAGES: gl.constexpr = s_k.shape[0]
-    BK: gl.constexpr = s_k.shape[3]
-    K: gl.constexpr = s_k.shape[4]
-    V: gl.constexpr = s_v.shape[4]
-    M: gl.constexpr = b_y.shape[0]
-    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
-    LP: gl.constexpr = b_p.type.layout
-    zeros = gl.zeros([M, BK], gl.float32, LS)
-    for _ in range(0, n):
-        v_stage = i_stage
-        v_phase = i_phase
-        i_stage, i_phase = advance(i_stage, i_phase, STAGES)
-        mbarrier.wait(k_full.index(i_stage), i_phase)
-        b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
-        b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
-        if FACTORS:
-            b_c = s_c.index(i_stage).load(gl.SliceLayout(0, LS))  # [BK]
-        b_s = warpgroup_mma_wait(1, [b_s])  # [M, BK]
-        release(k_empty.index(i_stage))
-        b_next = b_s * b_s  # [M, BK]
-        if ROWS:
-            b_next = b_next * b_a[:, None]
-        if FACTORS:
-            b_next = b_next * b_c[None, :]
-        b_l += gl.sum(b_next, 1)
-        b_next = gl.convert_layout(b_next.to(s_v.dtype), LP)
-        b_y = warpgroup_mma_wait(0, [b_y])
-        release(v_empty.index(v_stage))
-        b_p = b_next
-    return i_stage, i_phase, b_p, b_y, b_l
-
-
-@gluon.jit
 def _multiply(
     d_y, s_q, s_k, s_v, s_c, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     p_l_inv, p_G, p_begin, p_first, T, BHQ, HQ, H, eps,
     W: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, FACTORS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: y of 64 queries."""
+    """Warpgroup W: y of 64 queries. While p v of one block is under way, p of the next is made."""
     STAGES: gl.constexpr = s_k.shape[0]
     M: gl.constexpr = BQ // 2
     K: gl.constexpr = s_k.shape[4]
     V: gl.constexpr = s_v.shape[4]
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     LY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    LK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     LP: gl.constexpr = gl.DotOperandLayout(0, LY, 2)
     LR: gl.constexpr = gl.SliceLayout(1, LS)
     LC: gl.constexpr = gl.SliceLayout(0, LS)
@@ -179,55 +140,64 @@ def _multiply(
         o_q = i_q + W * M + gl.arange(0, M, LR)  # [M]
         o_k = i_q + gl.arange(0, BK, LC)  # [BK]
         m_q = o_q < T
-        b_a = gl.full([M], 1.0, gl.float32, LR)  # row factor
-        steep = False
+        b_a = gl.full([M], 1.0, gl.float32, LR)
         if FACTORS:
             p_Gh = p_G + (i_b * H + i_h).to(gl.int64) * T
             i_last = gl.minimum(i_q + BQ, T) - 1
             G_q = gl.load(p_Gh + i_q)  # the first query: the reference point
             b_G = gl.where(m_q, gl.load(p_Gh + o_q, m_q, 0) - G_q, 0).to(gl.float32)  # [M]
             b_G_k = (gl.load(p_Gh + o_k, o_k < T, 0) - G_q).to(gl.float32)  # [BK]
-            b_a = gl.exp2(b_G)  # [M]
-            steep = G_q - gl.load(p_Gh + i_last) > NEGLIGIBLE
+            reaches = b_G > -NEGLIGIBLE  # [M], rows that see what is left of the diagonal
+            cut = G_q - gl.load(p_Gh + i_last) >= NEGLIGIBLE
 
         # The diagonal
         b_s = warpgroup_mma_wait(0, [b_s])  # [M, BK]
         release(k_empty.index(i_stage))
         m_s = o_k[None, :] <= o_q[:, None]  # [M, BK]
-        b_left = b_a  # row factor left of the diagonal
         if PACKED:
             b_first = gl.load(p_first + o_q, m_q, 0)  # [M]
+            first = gl.load(p_first + i_q)
             m_s = m_s & (o_k[None, :] >= b_first[:, None])
-            b_left = gl.where(b_first == gl.load(p_first + i_q), b_a, 0.0)
-            steep = steep | (gl.load(p_first + i_q) != gl.load(p_first + i_last))
+            reaches = reaches & (b_first == first)
+            cut = cut | (gl.load(p_first + i_last) != first)
         b_s = gl.where(m_s, b_s, 0.0)
         b_p = b_s * b_s
         if FACTORS:
-            # Unless gates fall too steeply, all that a row adds up is relative to its row factor
-            b_own = gl.where(steep, b_G, 0.0)
+            # What a row adds up is relative to its row factor, exp2(G_i - G_a) <= 1, if that is not too small
+            b_a = gl.exp2(gl.where(reaches, b_G, 0.0))  # [M]
+            b_own = gl.where(reaches, 0.0, b_G)
             b_p *= gl.exp2(gl.where(m_s, b_own[:, None] - b_G_k[None, :], 0.0))
-            b_a = gl.where(steep, 1.0, b_a)
+            if cut:
+                b_rows = b_q.load(LK)  # [M, K]
+                b_q.store(gl.where(gl.convert_layout(reaches, gl.SliceLayout(1, LK))[:, None], b_rows, 0.0))
+                fence_async_shared()
+                barrier()
         b_l = gl.sum(b_p, 1)  # [M]
         b_p = gl.convert_layout(b_p.to(s_v.dtype), LP)
         b_y = gl.zeros([M, V], gl.float32, LY)
 
-        n = i_q // BK - begin
-        if FACTORS:
-            if steep:
-                i_stage, i_phase, b_p, b_y, b_l = _left(
-                    n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
-                    k_full, k_empty, v_full, v_empty, True, True,
-                )  # fmt: skip
-            else:
-                i_stage, i_phase, b_p, b_y, b_l = _left(
-                    n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
-                    k_full, k_empty, v_full, v_empty, True, False,
-                )  # fmt: skip
-        else:
-            i_stage, i_phase, b_p, b_y, b_l = _left(
-                n, i_stage, i_phase, b_p, b_y, b_l, b_left, b_q, s_k, s_v, s_c,
-                k_full, k_empty, v_full, v_empty, False, False,
-            )  # fmt: skip
+        # Left of it
+        for _ in range(0, i_q // BK - begin):
+            v_stage = i_stage
+            v_phase = i_phase
+            i_stage, i_phase = advance(i_stage, i_phase, STAGES)
+            mbarrier.wait(k_full.index(i_stage), i_phase)
+            b_k = as_matrix(s_k.index(i_stage), s_v.dtype, BK, K).permute((1, 0))  # [K, BK]
+            b_s = warpgroup_mma(b_q, b_k, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(v_stage), v_phase)
+            b_y = warpgroup_mma(b_p, as_matrix(s_v.index(v_stage), s_v.dtype, BK, V), b_y, is_async=True)
+            if FACTORS:
+                b_c = s_c.index(i_stage).load(LC)  # [BK]
+            b_s = warpgroup_mma_wait(1, [b_s])  # [M, BK]
+            release(k_empty.index(i_stage))
+            b_next = b_s * b_s  # [M, BK]
+            if FACTORS:
+                b_next = b_next * b_c[None, :]
+            b_l += gl.sum(b_next, 1)
+            b_next = gl.convert_layout(b_next.to(s_v.dtype), LP)
+            b_y = warpgroup_mma_wait(0, [b_y])
+            release(v_empty.index(v_stage))
+            b_p = b_next
 
         mbarrier.wait(v_full.index(i_stage), i_phase)
         b_y = warpgroup_mma(b_p, as_matrix(s_v.index(i_stage), s_v.dtype, BK, V), b_y, is_async=True)

@@ -89,7 +89,16 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
     row["registers"] = max(row["registers"], registers)
     row["stack"] = max(row["stack"], stack)
     row["serialised"] += "are serialized" in verbose.stderr
-    print(name, options, registers, stack, kernel.metadata.shared, file=sys.stderr, flush=True)
+    print(
+        name,
+        options,
+        registers,
+        stack,
+        kernel.metadata.shared,
+        "serialised" * ("are serialized" in verbose.stderr),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main() -> None:
