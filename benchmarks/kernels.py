@@ -3,11 +3,11 @@
     python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--activations FILE] [--out FOLDER]
 
 prints a table and writes `kernels.json`: rows of `case`, `implementation`, `direction`, `ms`, `tflops`,
-`peak_bytes` and `error`; rows of other cases stay. Every time is the GPU's, of the whole operator, gates included: the median over replays
-of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops` counts softmax attention's
-matrix products for every implementation, so that it compares times. Shapes are Qwen3-14B's: 40 query heads, 8
-key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all, forward and backward, with
-nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model, for another row of errors.
+`peak_bytes` and `error`; rows of other cases stay. Every time is the GPU's, of the whole operator, gates included:
+the median over replays of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops`
+counts softmax attention's matrix products for every implementation, so that it compares times. Shapes are
+Qwen3-14B's: 40 query heads, 8 key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all,
+forward and backward, with nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model, for another row of errors.
 `--plot docs/kernels.png` draws time per token from the results that are there, without a GPU.
 """
 
