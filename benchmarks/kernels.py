@@ -7,8 +7,8 @@ prints a table and writes `kernels.json`: rows of `case`, `implementation`, `dir
 the median over replays of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops`
 counts softmax attention's matrix products for every implementation, so that it compares times. Shapes are
 Qwen3-14B's: 40 query heads, 8 key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all,
-forward and backward, with nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model, for another row of errors.
-`--plot docs/kernels.png` draws time per token from the results that are there, without a GPU.
+forward and backward, with nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model,
+for another row of errors. `--plot docs/kernels.png` draws time per token from what is there, without a GPU.
 """
 
 from __future__ import annotations
