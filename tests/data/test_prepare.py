@@ -1,6 +1,7 @@
 """Text to shards: what is written, that it does not depend on how, and what is refused."""
 
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -20,7 +21,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from brumby.data import DataConfig, TokenSource, prepare, tokenizer_sha256
+from brumby.data import DataConfig, Manifest, PhaseConfig, TokenSource, prepare, tokenizer_sha256
+from brumby.data.duplicates import HashSet
 
 EOS = "<|endoftext|>"
 
@@ -123,21 +125,46 @@ def test_other_columns_may_differ_between_rows_and_files(make_config, tmp_path):
     assert found[0].fingerprint == found[1].fingerprint
 
 
-def test_limits(make_config, texts, tmp_path):
-    config = make_config({"wiki": ["", *texts(60, seed=5)]})
-    path = config.sources["wiki"].path
-    sources = {
-        "all": {"path": path},
-        "documents": {"path": path, "max_documents": 17},
-        "tokens": {"path": path, "max_tokens": 321},
-    }
-    config = make_config(sources=sources)
+def test_no_more_is_read_than_the_phases_take(make_config, texts):
+    blend = {"wiki": 0.75, "code": 0.25}
+    phases = {"one": {"tokens": 1024, "blend": blend}}
+    written = {"wiki": ["", *texts(200, seed=5)], "code": texts(200, seed=6), "unused": ["never read"]}
+    everything = make_config(written, phases={"one": {"tokens": 256, "blend": blend | {}}})
+    prepare(everything, shard_tokens=200)
+    config = make_config(written, phases=phases, margin=0.1, root=everything.root + "2")
     prepare(config, shard_tokens=200)
-    everything = documents(TokenSource(Path(config.root) / "all"))
-    assert documents(TokenSource(Path(config.root) / "documents")) == everything[:17]
-    lengths = np.cumsum([len(d) for d in everything])
-    enough = int(np.argmax(lengths >= 321)) + 1
-    assert documents(TokenSource(Path(config.root) / "tokens")) == everything[:enough]
+    assert sorted(folder.name for folder in Path(config.root).iterdir()) == ["code", "wiki"]
+    for name, drawn in (("wiki", 768), ("code", 256)):
+        whole = documents(TokenSource(Path(everything.root) / name))
+        lengths = np.cumsum([len(d) for d in whole])
+        wanted = max(drawn + 32, int(np.ceil(drawn * 1.1)))
+        source = TokenSource(Path(config.root) / name)
+        assert documents(source) == whole[: int(np.argmax(lengths >= wanted)) + 1]
+        assert not source.manifest.exhausted
+        assert TokenSource(Path(everything.root) / name).manifest.exhausted
+
+
+def test_a_longer_schedule_reads_on(make_config, texts, tmp_path):
+    written = {"wiki": texts(300, seed=7)}
+    config = make_config(written, margin=0.0)
+    prepare(config)
+    few = documents(TokenSource(Path(config.root) / "wiki"))
+    longer = dataclasses.replace(config, phases={"one": PhaseConfig(4096, {"wiki": 1.0})})
+    prepare(longer)
+    more = documents(TokenSource(Path(config.root) / "wiki"))
+    assert more[: len(few)] == few
+    whole = make_config(written, root=str(tmp_path / "whole"))
+    prepare(whole)
+    assert more == documents(TokenSource(Path(whole.root) / "wiki"))[: len(more)]
+    assert sum(map(len, more)) >= 4096 + 32
+
+
+def test_a_source_too_small_is_announced(make_config, texts):
+    config = make_config({"wiki": texts(10, seed=8)}, phases={"one": {"tokens": 8192, "blend": {"wiki": 1}}})
+    console = Console(record=True, width=200)
+    prepare(config, console=console)
+    tokens = len(TokenSource(Path(config.root) / "wiki"))
+    assert f"the run draws 8,192 and sees it {8192 / tokens:.1f} times" in console.export_text()
 
 
 def test_large_vocabularies_take_uint32(make_config, tmp_path):
@@ -162,10 +189,10 @@ def test_finished_is_skipped_and_changed_refused(make_config, texts, tmp_path, j
     assert "wiki: " in console.export_text()
     assert (Path(config.root) / "wiki" / "manifest.json").stat() == before
 
-    config.sources["wiki"].max_documents = 3
-    with pytest.raises(ValueError, match=r"source 'wiki': .* max_documents was None, now 3. Remove it"):
+    config.sources["wiki"].filters = [["id", "<", 3]]
+    with pytest.raises(ValueError, match=r"source 'wiki': .* filters was \[\], now .*. Remove it"):
         prepare(config)
-    config.sources["wiki"].max_documents = None
+    config.sources["wiki"].filters = []
     copy = AutoTokenizer.from_pretrained(tokenizer)
     copy.add_tokens(["retention "])
     copy.save_pretrained(tmp_path / "other")
@@ -259,40 +286,134 @@ def test_two_at_once_are_refused(make_config, texts):
 def test_what_cannot_be_read_is_named(make_config, texts, tmp_path, jsonl):
     def expect(message: str, **source):
         with pytest.raises(ValueError, match="(?s)source 'wiki': .*" + message):
-            prepare(make_config(sources={"wiki": source}))
+            prepare(make_config(sources={"wiki": source}, skip_bad_rows=False))
 
     good = str(jsonl(tmp_path / "good.jsonl", texts(5, seed=10)))
     expect("matches no file", path=str(tmp_path / "none.jsonl"))
-    expect("has no column 'body' in row 0; it has id, text", path=good, text_column="body")
-    expect(
-        "row 1 of .* has null in column 'text'; expected text",
-        path=str(jsonl(tmp_path / "null.jsonl", ["a", None])),
-    )
-    expect("row 0 of .* has a int in column 'id'", path=good, text_column="id")
-    expect("no documents in .*: 2 rows, none with text", path=str(jsonl(tmp_path / "empty.jsonl", ["", " "])))
+    expect("good.jsonl, row 0: has no column 'body'; it has id, text", path=good, text_column="body")
+    expect("good.jsonl, row 0: has no column 'x'; it has id, text", path=good, filters=[["x", "==", 1]])
+    expect("row 0: column 'id' has 0: '<' not supported", path=good, filters=[["id", "<", "a"]])
+    null = str(jsonl(tmp_path / "null.jsonl", ["a", None]))
+    expect("null.jsonl, row 1: column 'text' has null; expected text. Mend the row, or set data.skip", path=null)
+    expect("good.jsonl, row 0: column 'id' has a int", path=good, text_column="id")
+    expect("empty.jsonl, row 1: column 'text' is empty", path=str(jsonl(tmp_path / "empty.jsonl", ["a", " "])))
+    long = str(jsonl(tmp_path / "long.jsonl", ["a", "b" * 10_000_001]))
+    expect("long.jsonl, row 1: column 'text' has 10,000,001 characters, over 10,000,000", path=long)
     (tmp_path / "void.jsonl").write_text("")
     expect("no documents in .*: 0 rows", path=str(tmp_path / "void.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    expect("expected a JSON object in each line, found '{\"text\": '", path=str(tmp_path / "broken.jsonl"))
+    expect("broken.jsonl, row 1: expected a JSON object in each line, found '{\"text\": '", path=str(tmp_path / "broken.jsonl"))
     (tmp_path / "list.json").write_text('["a", "b"]')
-    expect("expected a JSON object in each line", path=str(tmp_path / "list.json"))
+    expect("row 0: expected a JSON object in each line", path=str(tmp_path / "list.json"))
     (tmp_path / "latin.txt").write_bytes("état".encode("latin-1"))
-    expect("latin.txt", path=str(tmp_path / "latin.txt"))
+    expect("latin.txt, row 0: column 'text' is no valid UTF-8", path=str(tmp_path / "latin.txt"))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "état"}\n'.encode("latin-1"))
+    expect("latin.jsonl, row 1: is no valid UTF-8", path=str(tmp_path / "latin.jsonl"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(Path(good).read_bytes())[:-20])
+    expect("cut.jsonl.gz, row \\d+: EOFError", path=str(tmp_path / "cut.jsonl.gz"))
 
     table = pyarrow.table({"text": texts(3000, seed=11)})
     parquet = tmp_path / "broken.parquet"
     pyarrow.parquet.write_table(table, parquet)
-    expect("has no column 'body' in row 0; it has text", path=str(parquet), text_column="body")
+    expect("row 0: there is no column 'body'; there are text", path=str(parquet), text_column="body")
     content = bytearray(parquet.read_bytes())
     content[200:20_000] = bytes(19_800)
     parquet.write_bytes(content)
-    expect("broken.parquet", path=str(parquet))
+    expect("broken.parquet, row 0", path=str(parquet))
     os.truncate(parquet, 5_000)
-    expect("broken.parquet is no readable parquet file", path=str(parquet))
+    expect("broken.parquet, row 0: ArrowInvalid", path=str(parquet))
+    latin = pyarrow.array([b"a", "état".encode("latin-1")]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    expect("latin.parquet, row 1: column 'text' is no valid UTF-8", path=str(tmp_path / "latin.parquet"))
     jsonl(tmp_path / "mixed" / "a.jsonl", ["a"])
     (tmp_path / "mixed" / "b.parquet").write_bytes(b"")
     expect("matches both parquet and JSON", path=str(tmp_path / "mixed"))
     assert not (tmp_path / "tokens" / "wiki").exists()
+
+
+def test_bad_rows_are_dropped_where_allowed_and_counted(make_config, tmp_path, jsonl):
+    path = jsonl(tmp_path / "mixed.jsonl", ["one", None, "", "two", 3, "one", "x" * 10_000_001])
+    source = {"path": str(path), "filters": [["id", "!=", 3]]}
+    config = make_config(sources={"wiki": source}, deduplicate=True)
+    prepare(config, shard_tokens=1)
+    folder = Path(config.root) / "wiki"
+    manifest = TokenSource(folder).manifest
+    assert manifest.fates == {"kept": 1, "filtered": 1, "duplicate": 1, "empty": 1, "too_long": 1, "no_text": 2}
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["fate"]) for line in dropped] == [
+        (1, "no_text"), (2, "empty"), (4, "no_text"), (6, "too_long")
+    ]  # fmt: skip
+    assert {line["file"] for line in dropped} == {str(path)}
+
+
+def test_duplicates_are_dropped_across_sources(make_config, texts):
+    wiki, code = texts(80, seed=14), texts(80, seed=15)
+    written = {"wiki": [*wiki, *wiki[:30]], "code": [*code[:40], *wiki[10:20], *code[40:], code[3]]}
+    config = make_config(written, deduplicate=True)
+    prepare(config, shard_tokens=300)
+    reference = AutoTokenizer.from_pretrained(config.tokenizer)
+    found = {n: [reference.decode(d[:-1]) for d in documents(TokenSource(Path(config.root) / n))] for n in written}
+    assert found["wiki"] == list(dict.fromkeys(written["wiki"]))
+    assert found["code"] == [text for text in dict.fromkeys(written["code"]) if text not in set(wiki)]
+
+
+def test_hash_set_is_a_set():
+    rng, known, found = np.random.default_rng(0), set(), HashSet()
+    for size in rng.integers(1, 200, 300):
+        hashes = rng.integers(0, 20_000, size).astype(np.uint64)
+        expected = []
+        for value in hashes.tolist():
+            expected.append(value not in known)
+            known.add(value)
+        assert found.add(hashes).tolist() == expected
+    assert len(found) == len(known)
+
+
+def test_what_overlaps_with_evaluations_is_dropped(make_config, texts, tmp_path, jsonl):
+    question = "A train leaves at nine and covers, in each hour, forty miles more than before; how far?"
+    words = question.split()
+    written = [
+        "Nothing of it.",
+        "Before. " + question.upper().replace(",", " -- ") + " And after it.",
+        " ".join(words[:12]) + " something else entirely",  # 12 words in a row are too few
+        " ".join(words[2:15]),
+        " ".join(reversed(words)),
+        *texts(30, seed=16),
+    ]
+    evaluation = jsonl(tmp_path / "evaluation.jsonl", ["Too short?", question], column="question")
+    decontaminate = {"quiz": {"path": str(evaluation), "text_column": "question"}}
+    config = make_config({"wiki": written}, decontaminate=decontaminate)
+    console = Console(record=True, width=200)
+    prepare(config, console=console)
+    assert "evaluation quiz: 2 items, 1 too short to look for" in console.export_text()
+    folder = Path(config.root) / "wiki"
+    assert TokenSource(folder).manifest.fates == {"kept": len(written) - 2, "contaminated": 2}
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in dropped] == [1, 3]
+    assert dropped[0]["why"].startswith("quiz, item 1: a train leaves at nine and covers in each hour")
+
+
+def test_a_full_disk_is_named_and_the_work_goes_on(make_config, texts, monkeypatch):
+    config = make_config({"wiki": texts(100, seed=17)})
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="source 'wiki': the disk is full"):
+        patch.setattr("brumby.data.writer._sync", full_after(4))
+        prepare(config, shard_tokens=200)
+    assert len(Manifest.read(Path(config.root) / ".wiki.partial").shards) == 1
+    prepare(config, shard_tokens=200)
+    small = dataclasses.replace(config, phases={"one": PhaseConfig(10**16, {"wiki": 1.0})}, margin=0.0, root=config.root + "2")
+    with pytest.raises(ValueError, match=r"GB free and the shards need 20,000,000.0 GB"):
+        prepare(small)
+
+
+def full_after(calls: int):
+    """A `_sync` that finds the disk full after some calls."""
+    left = iter(range(calls))
+
+    def sync(file) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return sync
 
 
 def test_tokenizers_that_do_not_serve(make_config, texts, tmp_path, tokenizer):
