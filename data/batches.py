@@ -54,6 +54,7 @@ class Batches:
     Attributes:
         phases: The phases in steps.
         num_steps: Steps of the whole run.
+        sources: The sources' tokens, by name in alphabetical order.
         epochs: How often the run goes through each source; above 1 it sees text again.
 
     Raises:
@@ -64,10 +65,10 @@ class Batches:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         names = sorted(tokens_drawn(config))
-        self._sources = [TokenSource(Path(config.root) / name) for name in names]
+        self.sources = {name: TokenSource(Path(config.root) / name) for name in names}
+        self._sources = list(self.sources.values())
         self._check_tokenizer()
-        lengths = {name: len(source) for name, source in zip(names, self._sources, strict=True)}
-        self._order = Order(config, lengths)
+        self._order = Order(config, {name: len(source) for name, source in self.sources.items()})
         self.phases, self.epochs = self._order.phases, self._order.epochs
         self.num_steps = self.phases[-1].first_step + self.phases[-1].num_steps
 
@@ -100,6 +101,15 @@ class Batches:
         """Tokens of all steps before `step`, which may be `num_steps`."""
         phase = self.phase_of(min(step, self.num_steps - 1))[1]
         return phase.first_token + (step - phase.first_step) * phase.tokens_per_step
+
+    def count(self, num_steps: int) -> list[dict[str, int]]:
+        """Tokens of each source in each phase, of the first steps."""
+        found = []
+        for index, phase in enumerate(self.phases):
+            steps = min(max(num_steps - phase.first_step, 0), phase.num_steps)
+            samples = self._order.count(index, steps * phase.sequences_per_step)
+            found.append({name: count * phase.sequence_length for name, count in samples.items()})
+        return found
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
         """The micro-batches of one rank in one step, in the order of accumulation.
@@ -164,7 +174,7 @@ class Batches:
                 values[where + name] = getattr(phase, name)
             blend = self.config.phases[phase.name].blend
             values |= {f"{where}blend.{name}": weight for name, weight in sorted(blend.items())}
-        for name, source in zip(self._order.names, self._sources, strict=True):
+        for name, source in self.sources.items():
             values[f"shards of {name}"] = source.manifest.fingerprint
         return values
 

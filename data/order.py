@@ -221,6 +221,14 @@ class Order:
             found.append((int(sources[number % WINDOW]), int(starts[number % WINDOW])))
         return found
 
+    def count(self, phase: int, num_samples: int) -> dict[str, int]:
+        """How many of a phase's first samples each source gives."""
+        windows, rest = divmod(num_samples, WINDOW)
+        counts = self._counts[phase][windows].copy()
+        if rest:
+            counts += np.bincount(self._window(phase, windows)[0][:rest], minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
     def _make_window(self, phase: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         before, after = self._counts[phase][window : window + 2]
         unshuffled = np.repeat(np.arange(len(self.names)), after - before)

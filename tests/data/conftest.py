@@ -64,7 +64,10 @@ def make_config(tmp_path: Path, tokenizer: str):
             "sources": sources,
         }
         values = defaults | values
-        values.setdefault("phases", {"one": {"tokens": 1024, "blend": dict.fromkeys(values["sources"], 1 / len(values["sources"]))}})
+        values.setdefault(
+            "phases",
+            {"one": {"tokens": 1024, "blend": dict.fromkeys(values["sources"], 1 / len(values["sources"]))}},
+        )
         return DataConfig.from_dict(values)
 
     return make

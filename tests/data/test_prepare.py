@@ -7,12 +7,14 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +23,17 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from brumby.data import DataConfig, Manifest, PhaseConfig, TokenSource, prepare, tokenizer_sha256
+from brumby.data import (
+    DataConfig,
+    Manifest,
+    PhaseConfig,
+    SourceConfig,
+    TokenSource,
+    prepare,
+    tokenizer_sha256,
+    writer,
+)
+from brumby.data import documents as documents_module
 from brumby.data.duplicates import HashSet
 
 EOS = "<|endoftext|>"
@@ -228,28 +240,44 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_killed_work_goes_on_and_ends_the_same(make_config, texts, tmp_path):
-    config = make_config({"wiki": texts(600, seed=7)})
-    process = start(config, tmp_path / "killed")
-    partial = tmp_path / "killed" / ".wiki.partial"
-    wait_for(partial / "shard-00005.bin", process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    assert partial.exists()
-    assert not (tmp_path / "killed" / "wiki").exists()
-    deadline = time.monotonic() + 20
-    while any(map(running, children)):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
+def test_work_killed_at_random_ends_the_same(make_config, texts, tmp_path):
+    """Duplicates and contaminated documents among it. BRUMBY_PREPARE_KILLS=20 does it on much more text."""
+    kills = int(os.environ.get("BRUMBY_PREPARE_KILLS", "3"))
+    rng = random.Random(kills)
+    wiki, code = (texts(num_documents, seed) for num_documents, seed in ((1500 * kills, 7), (500 * kills, 8)))
+    wiki[100:120], code[100:140] = wiki[:20], wiki[40:80]
+    evaluation = tmp_path / "evaluation.txt"
+    evaluation.write_text(max(wiki, key=len))
+    config = make_config(
+        {"wiki": wiki, "code": code}, deduplicate=True, decontaminate={"quiz": {"path": str(evaluation)}}
+    )
+    for _ in range(kills):
+        process = start(config, tmp_path / "killed")
+        before = progress(tmp_path / "killed")
+        while progress(tmp_path / "killed") < before + rng.randint(1, 40):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.random() / 20)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(map(running, children)):
+            assert time.monotonic() < deadline, "workers outlive their parent"
+            time.sleep(0.05)
+    assert not (tmp_path / "killed" / "code").exists()
+    assert start(config, tmp_path / "killed").wait() == 0
+    assert start(config, tmp_path / "whole").wait() == 0
+    for name in ("wiki", "code"):
+        assert files(tmp_path / "killed" / name) == files(tmp_path / "whole" / name)
+        fates = Manifest.read(tmp_path / "whole" / name).fates
+        assert fates["duplicate"] > 0
+        assert sum(fates.values()) == len({"wiki": wiki, "code": code}[name])
 
-    done = json.loads((partial / "manifest.json").read_text())["num_tokens"]
-    console = Console(record=True, width=200)
-    prepare(dataclasses.replace(config, root=str(tmp_path / "killed")), shard_tokens=200, console=console)
-    assert f"wiki: going on after {done:,} tokens" in console.export_text()
-    prepare(config, shard_tokens=200)
-    assert files(tmp_path / "killed" / "wiki") == files(Path(config.root) / "wiki")
-    assert not partial.exists()
+
+def progress(root: Path) -> int:
+    """Whole shards so far."""
+    return len(list(root.glob("*/*.hash.npy"))) + len(list(root.glob(".*/*.hash.npy")))
 
 
 def running(pid: str) -> bool:
@@ -302,7 +330,10 @@ def test_what_cannot_be_read_is_named(make_config, texts, tmp_path, jsonl):
     (tmp_path / "void.jsonl").write_text("")
     expect("no documents in .*: 0 rows", path=str(tmp_path / "void.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    expect("broken.jsonl, row 1: expected a JSON object in each line, found '{\"text\": '", path=str(tmp_path / "broken.jsonl"))
+    expect(
+        "broken.jsonl, row 1: expected a JSON object in each line, found '{\"text\": '",
+        path=str(tmp_path / "broken.jsonl"),
+    )
     (tmp_path / "list.json").write_text('["a", "b"]')
     expect("row 0: expected a JSON object in each line", path=str(tmp_path / "list.json"))
     (tmp_path / "latin.txt").write_bytes("état".encode("latin-1"))
@@ -395,14 +426,75 @@ def test_what_overlaps_with_evaluations_is_dropped(make_config, texts, tmp_path,
 
 def test_a_full_disk_is_named_and_the_work_goes_on(make_config, texts, monkeypatch):
     config = make_config({"wiki": texts(100, seed=17)})
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="source 'wiki': the disk is full"):
-        patch.setattr("brumby.data.writer._sync", full_after(4))
+    sync = writer._sync
+    monkeypatch.setattr(writer, "_sync", full_after(4))
+    with pytest.raises(ValueError, match="source 'wiki': the disk is full"):
         prepare(config, shard_tokens=200)
+    monkeypatch.setattr(writer, "_sync", sync)
     assert len(Manifest.read(Path(config.root) / ".wiki.partial").shards) == 1
     prepare(config, shard_tokens=200)
-    small = dataclasses.replace(config, phases={"one": PhaseConfig(10**16, {"wiki": 1.0})}, margin=0.0, root=config.root + "2")
+    small = dataclasses.replace(
+        config, phases={"one": PhaseConfig(10**16, {"wiki": 1.0})}, margin=0.0, root=config.root + "2"
+    )
     with pytest.raises(ValueError, match=r"GB free and the shards need 20,000,000.0 GB"):
         prepare(small)
+
+
+def test_filters(make_config, tmp_path):
+    rows = [{"text": f"text {i}", "score": i, "language": "de" if i % 3 else "en"} for i in range(300)]
+    rows[5]["score"] = None
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
+    filters = [["score", ">=", 4], ["language", "in", ["de"]], ["score", "!=", 8]]
+    sources = {kind: {"path": str(tmp_path / f"rows.{kind}"), "filters": filters} for kind in ("jsonl", "parquet")}
+    config = make_config(sources=sources)
+    prepare(config)
+    reference = AutoTokenizer.from_pretrained(config.tokenizer)
+    for name in sources:
+        source = TokenSource(Path(config.root) / name)
+        expected = [f"text {i}" for i in range(4, 300) if i % 3 and i not in (5, 8)]
+        assert [reference.decode(d[:-1]) for d in documents(source)] == expected
+        assert source.manifest.fates == {"kept": len(expected), "filtered": 300 - len(expected)}
+
+
+def test_zstandard_in_several_frames(make_config, texts, tmp_path):
+    written = texts(60, seed=18)
+    parts = ["".join(json.dumps({"text": text}) + "\n" for text in part) for part in (written[:20], written[20:])]
+    frames = [pyarrow.compress(part.encode(), "zstd", asbytes=True) for part in parts]
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"".join(frames))
+    config = make_config({"wiki": written})
+    config.sources["zst"] = SourceConfig(path=str(tmp_path / "rows.jsonl.zst"))
+    config.phases["one"].blend = {"wiki": 0.5, "zst": 0.5}
+    prepare(config)
+    wiki, zst = (TokenSource(Path(config.root) / name).manifest.fingerprint for name in ("wiki", "zst"))
+    assert wiki == zst
+
+
+def test_network_errors_are_waited_out(make_config, texts, tmp_path, monkeypatch):
+    """Each row is read once, whatever the connection does; what is no network error is not tried again."""
+    config = make_config({"wiki": texts(50, seed=19)})
+    source, waits, errors = config.sources["wiki"], [], [httpx.ReadTimeout("slow"), ConnectionResetError(), None]
+    read = documents_module.READERS["json"]
+
+    def flaky(url, source, first):
+        for i, record in enumerate(read(url, source, first)):
+            if i == 15 and errors and (error := errors.pop(0)):
+                raise error
+            yield record
+
+    monkeypatch.setitem(documents_module.READERS, "json", flaky)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    files = documents_module.resolve(source)
+    rows = list(documents_module.read_rows(source, files))
+    assert [row.row for row in rows] == list(range(50))
+    assert [row.text for row in rows] == texts(50, seed=19)
+    assert waits == [1.0, 1.0]
+    errors += [ConnectionResetError()] * 11
+    monkeypatch.setitem(documents_module.READERS, "json", lambda *_: (_ for _ in ()).throw(errors.pop()))
+    waits.clear()
+    with pytest.raises(ValueError, match=r"wiki.jsonl, row 0: ConnectionResetError"):
+        list(documents_module.read_rows(source, files))
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
 
 
 def full_after(calls: int):

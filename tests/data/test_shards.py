@@ -79,7 +79,7 @@ def test_damage_is_named(folder: Path):
     offsets[-1] += 1
     np.save(index, offsets)
     source = TokenSource(folder)  # the index is read where it is used
-    with pytest.raises(ValueError, match="shard-00002.idx.npy does not match the manifest"):
+    with pytest.raises(ValueError, match=r"shard-00002\.idx\.npy does not match the manifest"):
         source.window(0, len(source))
     index.unlink()
     expect("shard-00002.idx.npy is missing")

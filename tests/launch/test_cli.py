@@ -55,7 +55,7 @@ def test_the_published_run_is_the_published_run():
 
 
 def test_the_papers_switches_are_an_option():
-    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano_60_90"])
+    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano2_60_90"])
     run = run_config.from_omegaconf(without_resume(composed))
     assert phase_starts(run.data) == [0, 1800, 2700, 3000]
 
