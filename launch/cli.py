@@ -149,7 +149,7 @@ def tune(config: DictConfig) -> int:
 
 COMMANDS: dict[str, Callable[[DictConfig], int]] = {
     command.__name__.replace("_", " "): command
-    for command in (convert, prepare, data_inspect, train, launch, export, generate, doctor, tune)
+    for command in (convert, prepare, train, launch, export, generate, data_inspect, doctor, tune)
 }
 
 

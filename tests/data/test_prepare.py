@@ -221,16 +221,16 @@ PREPARE = """
 import json, sys
 from brumby.data import DataConfig, prepare
 if __name__ == "__main__":
-    prepare(DataConfig.from_dict(json.loads(sys.argv[1])), num_workers=2, shard_tokens=200)
+    prepare(DataConfig.from_dict(json.loads(sys.argv[1])), num_workers=2, shard_tokens=int(sys.argv[2]))
 """
 
 
-def start(config: DataConfig, root: Path, **options) -> subprocess.Popen:
+def start(config: DataConfig, root: Path, shard_tokens: int = 200, **options) -> subprocess.Popen:
     """Prepare into `root` in a process of its own, with two workers and tiny shards."""
     script = root.with_suffix(".py")
     script.write_text(PREPARE)
     values = dataclasses.asdict(config) | {"root": str(root)}
-    return subprocess.Popen([sys.executable, str(script), json.dumps(values)], **options)
+    return subprocess.Popen([sys.executable, str(script), json.dumps(values), str(shard_tokens)], **options)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -242,7 +242,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_work_killed_at_random_ends_the_same(make_config, texts, tmp_path):
     """Duplicates and contaminated documents among it. BRUMBY_PREPARE_KILLS=20 does it on much more text."""
-    kills = int(os.environ.get("BRUMBY_PREPARE_KILLS", "3"))
+    kills = int(os.environ.get("BRUMBY_PREPARE_KILLS", "2"))
     rng = random.Random(kills)
     wiki, code = (texts(num_documents, seed) for num_documents, seed in ((1500 * kills, 7), (500 * kills, 8)))
     wiki[100:120], code[100:140] = wiki[:20], wiki[40:80]
@@ -252,9 +252,9 @@ def test_work_killed_at_random_ends_the_same(make_config, texts, tmp_path):
         {"wiki": wiki, "code": code}, deduplicate=True, decontaminate={"quiz": {"path": str(evaluation)}}
     )
     for _ in range(kills):
-        process = start(config, tmp_path / "killed")
-        before = progress(tmp_path / "killed")
-        while progress(tmp_path / "killed") < before + rng.randint(1, 40):
+        process = start(config, tmp_path / "killed", shard_tokens=5000)
+        goal = progress(tmp_path / "killed") + rng.randint(1, 8)
+        while progress(tmp_path / "killed") < goal:
             assert process.poll() is None
             time.sleep(0.002)
         time.sleep(rng.random() / 20)
@@ -266,8 +266,8 @@ def test_work_killed_at_random_ends_the_same(make_config, texts, tmp_path):
             assert time.monotonic() < deadline, "workers outlive their parent"
             time.sleep(0.05)
     assert not (tmp_path / "killed" / "code").exists()
-    assert start(config, tmp_path / "killed").wait() == 0
-    assert start(config, tmp_path / "whole").wait() == 0
+    assert start(config, tmp_path / "killed", shard_tokens=5000).wait() == 0
+    assert start(config, tmp_path / "whole", shard_tokens=5000).wait() == 0
     for name in ("wiki", "code"):
         assert files(tmp_path / "killed" / name) == files(tmp_path / "whole" / name)
         fates = Manifest.read(tmp_path / "whole" / name).fates

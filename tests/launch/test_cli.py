@@ -37,12 +37,13 @@ def test_every_experiment_composes_and_validates(experiment, command):
         "min_hosts",
         "grace",
         "num_workers",
+        "dry_run",
         "resume",
     ):
         composed.pop(name, None)
     run = run_config.from_omegaconf(composed)
     assert DataConfig.from_dict(cli.plain(composed.data)) == run.data
-    total = phase_starts(run.data)[-1] * run.data.tokens_per_step
+    total = phase_starts(run.data)[-1] * run.data.sequence_length * run.data.sequences_per_step
     assert lr_ratio(run.schedule, run.schedule.warmup_tokens, total) == 1.0
     assert lr_ratio(run.schedule, total, total) == pytest.approx(run.schedule.min_ratio)
 
@@ -132,6 +133,7 @@ data:
   root: tokens
   sequence_length: 32
   sequences_per_step: 4
+  deduplicate: false
   sources: {{wiki: {{path: text.jsonl}}, code: {{path: text.jsonl}}, math: {{path: text.jsonl}}}}
   phases: {{encyclopedia: {{tokens: 256}}, code: {{tokens: 256}}, mathematics: {{tokens: 256}}}}
 """
