@@ -3,10 +3,10 @@
     python -m benchmarks.data [--text FILE ...] [--tokenizer FOLDER] [--cases tokenise load] [--out FOLDER]
 
 prints a table and writes `data.json`: rows of `case`, `implementation`, `tokens_per_second`, `seconds` and
-`peak_bytes`. Text and tokenizer are by default those that `make demo` leaves in `.cache/demo`. Tokenising is the best
-of three rounds, the implementations in turn, on all cores; processes have been started before. The loader reads
-shards of 64M tokens that are links to one, hence from the page cache, in a process of its own; its peak is what the
-loader adds to the imports.
+`peak_bytes`. Text and tokenizer are by default those that `make demo` leaves in `.cache/demo`. Tokenising is the
+best of three rounds, the implementations in turn, on all cores, with processes that run already; `prepare` is
+measured from start to end. The loader reads shards of 64M tokens that are links to one, hence from the page cache,
+in a process of its own; its peak is what it adds to the imports.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tokenise(files: list[Path], tokenizer: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, Encoder(spec, NUM_WORKERS) as encoder:
         jsonl = Path(folder) / "text.jsonl"
         jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        contestants = {
+        contestants: dict[str, Callable[[], Any]] = {
             "tokenizers encode_batch_fast": lambda: library.encode_batch_fast(texts, add_special_tokens=False),
             "brumby Encoder": lambda: sum(len(encoded.tokens) for encoded in encoder(rows_of(texts))),
             "brumby read_rows, Encoder": lambda: sum(len(e.tokens) for e in encoder(rows_from(jsonl))),
@@ -76,13 +76,14 @@ def tokenise(files: list[Path], tokenizer: str) -> Iterator[dict[str, Any]]:
                 best[name] = min(best[name], seconds_of(function))
         for name, seconds in best.items():
             yield row("tokenise", name, num_tokens, seconds)
-        for name, options in {
+        variants: dict[str, dict[str, Any]] = {
             "brumby prepare": {"deduplicate": False},
             "brumby prepare, duplicates dropped": {},
             "brumby prepare, decontaminated": {
                 "decontaminate": {"text": {"path": str(evaluation(folder, texts))}}
             },
-        }.items():
+        }
+        for name, options in variants.items():
             yield row("prepare, from start to end", name, num_tokens, whole(jsonl, tokenizer, folder, options))
 
 
@@ -144,11 +145,11 @@ def whole(path: Path, tokenizer: str, folder: str, options: dict[str, Any]) -> f
 
 
 def duplicates(num_documents: int = 26_000_000) -> Iterator[dict[str, Any]]:
-    """As many documents as 18B tokens have, 700 tokens each: seconds and bytes of finding duplicates among them."""
+    """Finding duplicates among as many documents as 18B tokens have, 700 tokens each."""
     rng, seen, seconds = np.random.default_rng(0), HashSet(), 0.0
     for _ in range(num_documents // 1000):
         hashes = rng.integers(0, 2**63, 1000).astype(np.uint64)
-        seconds += seconds_of(lambda hashes=hashes: seen.add(hashes))
+        seconds += seconds_of(functools.partial(seen.add, hashes))
     yield row("duplicates among 26M documents", "brumby", 700 * num_documents, seconds, 8 * len(seen))
 
 

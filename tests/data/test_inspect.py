@@ -1,5 +1,6 @@
 """`brumby data inspect` and `brumby prepare dry_run=true`, as they are typed."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -50,11 +51,11 @@ def test_the_text_of_a_step(run_dir, tiny_data, tmp_path, capsys):
     (batch,) = Batches(config).micro_batches(2, 0, 1, 8)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     bounds = batch.cu_seqlens.tolist()
-    pieces = [batch.input_ids.flatten()[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [batch.input_ids.flatten()[a:b].tolist() for a, b in itertools.pairwise(bounds)]
     assert [document["text"] for document in found] == [
         tokenizer.decode([token for token in piece if token != tokenizer.eos_token_id]) for piece in pieces
     ]
-    assert [f"{d['source']}:{d['token']}" for d in found if d["row"] == 5][0] == batch.sample_ids[5]
+    assert {f"{d['source']}:{d['token']}" for d in found if d["row"] == 5} == {batch.sample_ids[5]}
 
     assert cli.main(["data", "inspect", f"run={run_dir}", "step=3", "samples=1"]) == 0
     assert batch.sample_ids[0] in (shown := capsys.readouterr().out)

@@ -197,7 +197,8 @@ def test_resuming_on_other_data_is_refused(make_run, train):
     train(run_dir, num_ranks=2)
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
-    assert "changed since its checkpoint" in train(run_dir, num_ranks=2, expected=1)
+    errors = train(run_dir, num_ranks=2, expected=1)
+    assert "changed since its checkpoint: seed was 1, now 2. A resumed run needs the same" in errors
 
 
 @pytest.mark.slow
