@@ -6,7 +6,8 @@ prints a table and writes `data.json`: rows of `case`, `implementation`, `tokens
 `peak_bytes`. Text and tokenizer are by default those that `make demo` leaves in `.cache/demo`. Tokenising is the
 best of three rounds, the implementations in turn, on all cores, with processes that run already; `prepare` is
 measured from start to end. The loader reads shards of 64M tokens that are links to one, hence from the page cache,
-in a process of its own; its peak is what it adds to the imports.
+in a process of its own; its seconds are the processor's, as it is one thread that waits for nothing, and its peak
+is what it adds to the imports.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from brumby.data import Batches, DataConfig, Manifest, prepare
@@ -44,7 +43,7 @@ DEMO = Path(".cache/demo")
 SHARD_TOKENS, DOCUMENT_TOKENS = 1 << 26, 1 << 9
 T, ROWS = 8192, 32
 SHARDS = {"4 shards": 4, "1,000 shards": 1000, "10 TB": 40_000}
-ROUNDS, LOAD_SECONDS = 3, 5.0
+ROUNDS, LOAD_STEPS = 3, 200
 NUM_WORKERS = os.cpu_count() or 1
 
 
@@ -144,13 +143,14 @@ def whole(path: Path, tokenizer: str, folder: str, options: dict[str, Any]) -> f
     return seconds
 
 
-def duplicates(num_documents: int = 26_000_000) -> Iterator[dict[str, Any]]:
-    """Finding duplicates among as many documents as 18B tokens have, 700 tokens each."""
+def duplicates(before: int = 25_000_000, num_documents: int = 1_000_000) -> Iterator[dict[str, Any]]:
+    """Finding duplicates among the last of 26 million documents, as many as 18B tokens have at 700 each."""
     rng, seen, seconds = np.random.default_rng(0), HashSet(), 0.0
+    seen.add(rng.integers(0, 2**63, before).astype(np.uint64))
     for _ in range(num_documents // 1000):
         hashes = rng.integers(0, 2**63, 1000).astype(np.uint64)
         seconds += seconds_of(functools.partial(seen.add, hashes))
-    yield row("duplicates among 26M documents", "brumby", 700 * num_documents, seconds, 8 * len(seen))
+    yield row("duplicates, 26M documents", "brumby", 700 * num_documents, seconds, 8 * len(seen))
 
 
 def write_source(root: Path, num_shards: int) -> None:
@@ -174,7 +174,7 @@ def write_source(root: Path, num_shards: int) -> None:
 
 
 def load(root: Path, num_shards: int) -> None:
-    """In a process of its own: print seconds to the first batch, tokens/s and the bytes beyond the imports."""
+    """In a process of its own: print seconds to the first batch, tokens, their seconds and the peak of bytes."""
     samples = int(num_shards * SHARD_TOKENS / T * 0.9)
     config = DataConfig.from_dict(
         {
@@ -186,19 +186,24 @@ def load(root: Path, num_shards: int) -> None:
             "phases": {"one": {"tokens": samples * T, "blend": {"text": 1.0}}},
         }
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_bytes()
+    started = time.process_time()
     batches = Batches(config)
     batches.micro_batches(0, 0, 1, ROWS)
-    first = time.perf_counter() - started
-    step, started = 0, time.perf_counter()
-    while time.perf_counter() - started < LOAD_SECONDS:
-        step = (step + 1) % batches.num_steps
-        batches.micro_batches(step, 0, 1, ROWS)
-        tokens = (step if step else batches.num_steps) * T * ROWS
-    speed = tokens / (time.perf_counter() - started)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps([first, speed, peak]))
+    first = time.process_time() - started
+    started, tokens = time.process_time(), 0
+    for step in range(1, LOAD_STEPS + 1):
+        batches.micro_batches(step % batches.num_steps, 0, 1, ROWS)
+        tokens += T * ROWS
+    seconds = time.process_time() - started
+    print(json.dumps([first, tokens, seconds, peak_bytes() - before]))
+
+
+def peak_bytes() -> int:
+    """This process's peak resident memory, pages of mapped files included."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def loading() -> Iterator[dict[str, Any]]:
@@ -207,9 +212,11 @@ def loading() -> Iterator[dict[str, Any]]:
             write_source(Path(folder), num_shards)
             for _ in range(2):  # the second finds the files in the page cache
                 command = [sys.executable, "-m", "benchmarks.data", "--load", folder, str(num_shards)]
-                first, speed, peak = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+                first, tokens, seconds, peak = json.loads(
+                    subprocess.check_output(command, text=True).splitlines()[-1]
+                )
         yield row(f"load, {name}", "brumby, to the first batch", None, first, peak)
-        yield row(f"load, {name}", "brumby", round(speed * LOAD_SECONDS), LOAD_SECONDS, peak)
+        yield row(f"load, {name}", "brumby", tokens, seconds, peak)
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
@@ -246,30 +253,28 @@ def main() -> None:
         "duplicates": duplicates,
         "load": loading,
     }
-    console, rows = Console(), []
-    table = Table("case", "implementation", "tokens/s", "seconds", "peak MB")
+    versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "datasets", "numpy", "torch")}
+    head = {
+        "device": f"CPU ({platform.machine()}, {NUM_WORKERS} cores)",
+        "date": date.today().isoformat(),
+        "command": "python -m benchmarks.data",
+        "versions": versions | {"python": platform.python_version()},
+    }
+    rows: list[dict[str, Any]] = []
     for case in options.cases:
         for found in cases[case]():
             rows.append(found)
             speed, peak = found["tokens_per_second"], found["peak_bytes"]
-            table.add_row(
-                found["case"],
-                found["implementation"],
-                f"{speed:,.0f}" if speed else "",
-                f"{found['seconds']:.3f}",
-                f"{peak / 1e6:,.0f}" if peak is not None else "",
+            print(
+                f"{found['case']:28s} {found['implementation']:36s} {found['seconds']:8.3f} s",
+                f"{speed:15,.0f} tokens/s" if speed else "",
+                f"{peak / 1e6:8,.0f} MB" if peak is not None else "",
+                flush=True,
             )
-    console.print(table)
-    versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "datasets", "numpy", "torch")}
-    result = {
-        "device": f"CPU ({platform.machine()}, {NUM_WORKERS} cores)",
-        "date": date.today().isoformat(),
-        "versions": versions | {"python": platform.python_version()},
-        "command": "python -m benchmarks.data",
-        "rows": rows,
-    }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "data.json").write_text(json.dumps(result, indent=2) + "\n")
+    part = options.out / ".data.json.part"
+    part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    part.rename(options.out / "data.json")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
-OPEN_SHARDS = 64  # that a source keeps mapped
+OPEN_SHARDS = 512  # that a source keeps mapped; Linux allows a process 65,530 maps
 NPY_HEADER = 128  # bytes that NumPy writes before a row of numbers
 
 
@@ -162,22 +162,28 @@ class _MappedShard:
     """A shard's tokens and document starts. What was read is not kept in memory."""
 
     def __init__(self, folder: Path, shard: Shard, dtype: np.dtype) -> None:
-        with open(folder / f"{shard.name}.bin", "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._tokens = np.frombuffer(self._map, dtype)
         index = folder / f"{shard.name}.idx.npy"
-        self._offsets = np.load(index, mmap_mode="r")
-        if self._offsets.shape != (shard.num_documents + 1,) or self._offsets[-1] != shard.num_tokens:
+        self._map, self._index_map = _map(folder / f"{shard.name}.bin"), _map(index)
+        self._tokens = np.frombuffer(self._map, dtype)
+        self._offsets = np.frombuffer(self._index_map, "<i8", offset=NPY_HEADER)
+        if self._offsets[-1] != shard.num_tokens:
             raise ValueError(f"{index} does not match the manifest; remove {folder} and prepare it again")
 
     def read(self, low: int, high: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         tokens = self._tokens[low:high].astype(np.int64)
+        offsets = self._offsets[:-1]  # a binary search reads a few pages
+        start, end = np.searchsorted(offsets, [low, high], side="left")
+        starts = offsets[start:end] - low
         size = self._tokens.itemsize
         first = low * size // mmap.PAGESIZE * mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, first, high * size - first)
-        offsets = self._offsets[:-1]  # a binary search reads a few pages of a memory map
-        start, end = np.searchsorted(offsets, [low, high], side="left")
-        return tokens, offsets[start:end] - low
+        self._index_map.madvise(mmap.MADV_DONTNEED)
+        return tokens, starts
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class TokenSource:
