@@ -1,16 +1,19 @@
 """The command line as its user meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 import brumby.configs
 from brumby.data import DataConfig, phase_starts
-from brumby.launch import cli
+from brumby.launch import cli, runs
 from brumby.train import config as run_config
 from brumby.train.schedule import lr_ratio
 
@@ -166,3 +169,14 @@ data:
     text = done("generate", "model=model", "prompt=a state", "max_new_tokens=8")
     assert text.startswith("a state")
     assert len(text.strip()) > len("a state")
+
+
+def test_data_of_another_tokenizer_is_refused(make_run, tiny_model, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # as many words, other tokens
+    tokenizer.save_pretrained(other)
+    runs.check(run_config.load(make_run()), num_ranks=1)
+    with pytest.raises(ValueError, match=f"data: the tokenizer that made .* is not that of {other}"):
+        runs.check(run_config.load(make_run("other", model=str(other))), num_ranks=1)
