@@ -25,6 +25,7 @@ test: .venv/.dev  ## run the tests; PYTEST_ARGS="-k launch -x" narrows them
 
 chaos: .venv/.dev  ## kill, hang and damage runs 25 times; a quarter of an hour on two cores
 	BRUMBY_CHAOS_RUNS=5 $(BIN)/python -m pytest -q tests/launch/test_chaos.py
+	BRUMBY_PREPARE_KILLS=20 $(BIN)/python -m pytest -q tests/data/test_prepare.py -k killed
 
 lint: style types imports  ## check style, types and who imports whom
 

@@ -5,13 +5,18 @@ A source is a folder:
     manifest.json        what the tokens are and where they come from (`Manifest`)
     shard-00000.bin      token ids, little-endian uint16 (vocabularies up to 65,536) or uint32
     shard-00000.idx.npy  int64 [num_documents + 1], where each document starts, and the end
+    shard-00000.hash.npy uint64 [num_documents], hashes of the texts, to find duplicates by
+    dropped.jsonl        the rows that were contaminated or unusable: file, row, fate and why
 
 Every document ends with the tokenizer's EOS and lies in one shard. To readers the shards are one
 long array of tokens.
 """
 
+import functools
 import hashlib
 import json
+import mmap
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,25 +24,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+DROPPED = "dropped.jsonl"
+OPEN_SHARDS = 512  # that a source keeps mapped; Linux allows a process 65,530 maps
+NPY_HEADER = 128  # bytes that NumPy writes before a row of numbers
 
 
 @dataclass
 class Shard:
-    """One pair of files. `num_rows` counts the source's rows up to its end, empty ones included."""
+    """One pair of files.
+
+    Attributes:
+        name: Of its files, without suffix.
+        num_documents: Documents in it.
+        num_tokens: Tokens in it.
+        sha256: Of the tokens' file.
+        index_sha256: Of the index.
+        fates: How many of the rows read for it were kept or dropped, by `Fate`.
+        file: Where the next shard goes on: the source's file,
+        row: and its row.
+        dropped_bytes: Length of `dropped.jsonl` up to here.
+    """
 
     name: str
     num_documents: int
     num_tokens: int
-    num_rows: int
     sha256: str
     index_sha256: str
+    fates: dict[str, int]
+    file: int
+    row: int
+    dropped_bytes: int
 
 
 @dataclass
 class Manifest:
-    """What a folder of shards holds. `source` and `tokenizer_sha256` say what it was made from."""
+    """What a folder of shards holds. `source` and `tokenizer_sha256` say what it was made from.
+
+    `exhausted` says that the source has no more.
+    """
 
     source: dict[str, Any]
     tokenizer: str
@@ -46,6 +72,7 @@ class Manifest:
     eos_token_id: int
     dtype: str
     shard_tokens: int
+    exhausted: bool = False
     hub_revision: str | None = None
     shards: list[Shard] = field(default_factory=list)
     created: str = ""
@@ -64,6 +91,12 @@ class Manifest:
     @property
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def fates(self) -> dict[str, int]:
+        """Rows kept and dropped, by `Fate`."""
+        names = dict.fromkeys(name for shard in self.shards for name in shard.fates)
+        return {name: sum(shard.fates.get(name, 0) for shard in self.shards) for name in names}
 
     @property
     def fingerprint(self) -> str:
@@ -109,26 +142,48 @@ class Manifest:
         return manifest
 
     def _check_sizes(self, folder: Path) -> None:
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
         for shard in self.shards:
-            path = folder / f"{shard.name}.bin"
-            expected = shard.num_tokens * self.numpy_dtype.itemsize
-            found = path.stat().st_size if path.is_file() else None
-            if found != expected:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise ValueError(
-                    f"{path} {state}; the manifest names {expected}. "
-                    f"Copy the file again, or remove {folder} and prepare it again"
-                )
-            index = folder / f"{shard.name}.idx.npy"
-            try:
-                offsets = np.load(index, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{index} cannot be read ({error}). "
-                    f"Copy the file again, or remove {folder} and prepare it again"
-                ) from error
-            if offsets.shape != (shard.num_documents + 1,) or offsets[-1] != shard.num_tokens:
-                raise ValueError(f"{index} does not match the manifest; remove {folder} and prepare it again")
+            for name, expected in (
+                (f"{shard.name}.bin", shard.num_tokens * self.numpy_dtype.itemsize),
+                (f"{shard.name}.idx.npy", NPY_HEADER + 8 * (shard.num_documents + 1)),
+                (f"{shard.name}.hash.npy", NPY_HEADER + 8 * shard.num_documents),
+            ):
+                if sizes.get(name) != expected:
+                    state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+                    raise ValueError(
+                        f"{folder / name} {state}; the manifest names {expected}. "
+                        f"Copy the file again, or remove {folder} and prepare it again"
+                    )
+
+
+class _MappedShard:
+    """A shard's tokens and document starts. What was read is not kept in memory."""
+
+    def __init__(self, folder: Path, shard: Shard, dtype: np.dtype) -> None:
+        index = folder / f"{shard.name}.idx.npy"
+        self._map, self._index_map = _map(folder / f"{shard.name}.bin"), _map(index)
+        self._tokens = np.frombuffer(self._map, dtype)
+        self._offsets = np.frombuffer(self._index_map, "<i8", offset=NPY_HEADER)
+        if self._offsets[-1] != shard.num_tokens:
+            raise ValueError(f"{index} does not match the manifest; remove {folder} and prepare it again")
+
+    def read(self, low: int, high: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens = self._tokens[low:high].astype(np.int64)
+        offsets = self._offsets[:-1]  # a binary search reads a few pages
+        start, end = np.searchsorted(offsets, [low, high], side="left")
+        starts = offsets[start:end] - low
+        size = self._tokens.itemsize
+        first = low * size // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, high * size - first)
+        self._index_map.madvise(mmap.MADV_DONTNEED)
+        return tokens, starts
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class TokenSource:
@@ -144,12 +199,12 @@ class TokenSource:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
-        names = [self.folder / shard.name for shard in self.manifest.shards]
-        dtype = self.manifest.numpy_dtype
-        self._tokens = [np.memmap(f"{name}.bin", dtype=dtype, mode="r") for name in names]
-        self._offsets = [np.load(f"{name}.idx.npy", mmap_mode="r") for name in names]
         # [num_shards + 1], the first token of each shard, and the end
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in self.manifest.shards)])
+        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._map)
+
+    def _map(self, shard: int) -> _MappedShard:
+        return _MappedShard(self.folder, self.manifest.shards[shard], self.manifest.numpy_dtype)
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -172,10 +227,11 @@ class TokenSource:
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < end:
             base = int(self._starts[shard])
-            low, high = start - base, min(end - base, len(self._tokens[shard]))
-            tokens.append(self._tokens[shard][low:high].astype(np.int64))
-            offsets = self._offsets[shard][:-1]  # a binary search reads a few pages of a memory map
-            first, last = np.searchsorted(offsets, [low, high], side="left")
-            starts.append(offsets[first:last] + (base - origin))
+            low, high = start - base, min(end - base, int(self._starts[shard + 1]) - base)
+            read, found = self._shard(shard).read(low, high)
+            tokens.append(read)
+            starts.append(found + (start - origin))
             start, shard = base + high, shard + 1
+        if len(tokens) == 1:
+            return tokens[0], starts[0]
         return np.concatenate(tokens), np.concatenate(starts)

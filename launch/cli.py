@@ -31,11 +31,46 @@ def convert(config: DictConfig) -> int:
 
 
 def prepare(config: DictConfig) -> int:
-    """Tokenise a run's text into shards."""
+    """Tokenise a run's text into shards, or say what that takes; then 1 if a source cannot be read."""
+    from rich.console import Console
+
     import brumby.model  # noqa: F401  (transformers looks the model up to find its tokenizer)
     from brumby.data import DataConfig, prepare
+    from brumby.data.plan import plan
 
-    prepare(DataConfig.from_dict(plain(config.data)), config.num_workers or os.cpu_count() or 1)
+    data, num_workers = DataConfig.from_dict(plain(config.data)), config.num_workers or os.cpu_count() or 1
+    if config.dry_run:
+        return int(not plan(data, num_workers, Console()))
+    prepare(data, num_workers)
+    return 0
+
+
+def data_inspect(config: DictConfig) -> int:
+    """Show what a run will see or saw: tokens by source and phase, the text of a step."""
+    from rich.console import Console
+
+    import brumby.model  # noqa: F401
+    from brumby.data import Batches, DataConfig
+    from brumby.data.inspect import show_documents, show_mixture, write_documents
+    from brumby.train.config import load
+    from brumby.train.tracking import read_metrics
+
+    console, run_dir = Console(), Path(config.run) if config.run else None
+    data = load(run_dir).data if run_dir else DataConfig.from_dict(plain(config.data))
+    batches = Batches(data)
+    if config.step is not None:
+        if not 1 <= config.step <= batches.num_steps:
+            raise ValueError(f"step is {config.step}; the run has steps 1 to {batches.num_steps}")
+        if config.out is not None:
+            write_documents(data, batches, config.step - 1, Path(config.out))
+        else:
+            show_documents(data, batches, config.step - 1, config.samples, console)
+        return 0
+    rows = read_metrics(run_dir / "metrics.jsonl") if run_dir else []
+    show_mixture(data, batches, console, rows[-1]["step"] if rows else None)
+    for row in rows:
+        if "not_applied" in row:
+            console.print(f"step {row['step']} was not applied: {row['not_applied']}", highlight=False)
     return 0
 
 
@@ -113,7 +148,8 @@ def tune(config: DictConfig) -> int:
 
 
 COMMANDS: dict[str, Callable[[DictConfig], int]] = {
-    command.__name__: command for command in (convert, prepare, train, launch, export, generate, doctor, tune)
+    command.__name__.replace("_", " "): command
+    for command in (convert, prepare, train, launch, export, generate, data_inspect, doctor, tune)
 }
 
 
@@ -135,6 +171,8 @@ def parse(argv: list[str]) -> Arguments:
     if not argv or argv[0] in ("-h", "--help", "help"):
         return Arguments("", [], show_help=True)
     command, rest = argv[0], argv[1:]
+    if command == "data" and rest:
+        command, rest = f"data {rest[0]}", rest[1:]
     if command not in COMMANDS:
         raise ValueError(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}")
     arguments = Arguments(command, [])
@@ -167,7 +205,7 @@ def compose(command: str, overrides: list[str], config_dir: str | None = None) -
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_module("brumby.configs", version_base="1.3"):
-            config = compose(command, overrides)
+            config = compose(command.replace(" ", "_"), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(str(error).strip()) from error
     OmegaConf.set_struct(config, False)  # what is checked is the typed form
@@ -176,14 +214,14 @@ def compose(command: str, overrides: list[str], config_dir: str | None = None) -
 
 def help_text(command: str) -> str:
     if not command:
-        lines = [f"  {name:<10}{(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
+        lines = [f"  {name:<14}{(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
         return (
             "usage: brumby COMMAND [key=value ...]\n\n"
             + "\n".join(lines)
             + "\n\nbrumby COMMAND --help tells more."
         )
     configs = importlib.resources.files("brumby.configs")
-    text = configs.joinpath(f"{command}.yaml").read_text()
+    text = configs.joinpath(f"{command.replace(' ', '_')}.yaml").read_text()
     if "- train\n" in text:
         text += "\n" + configs.joinpath("train.yaml").read_text()
     experiments = sorted(file.name.removesuffix(".yaml") for file in configs.joinpath("experiment").iterdir())
@@ -209,9 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             print(OmegaConf.to_yaml(config), end="")
             return 0
-        missing = (
-            OmegaConf.missing_keys(config) if arguments.command not in ("prepare", "train", "launch") else set()
-        )
+        missing = OmegaConf.missing_keys(config) if "data" not in config else set()
         if missing:
             raise ValueError(f"brumby {arguments.command} needs {', '.join(f'{m}=...' for m in sorted(missing))}")
         return COMMANDS[arguments.command](config)

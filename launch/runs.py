@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from brumby.data import Batches, check_divisible
+from brumby.data import Batches, check_divisible, load_tokenizer, schedule
 from brumby.train import config as run_config
 from brumby.train.checkpoint import completed, problems, step_of
 from brumby.train.config import RunConfig
@@ -49,12 +49,20 @@ def check(run: RunConfig, num_ranks: int) -> None:
             f"model: {run.model} is a {model.get('model_type')!r} checkpoint; convert it with "
             f"`brumby convert source={run.model} out=...`"
         )
-    check_divisible(run.data.sequences_per_step, num_ranks, run.micro_batch)
+    for phase in schedule(run.data):
+        check_divisible(phase.sequences_per_step, num_ranks, run.micro_batch)
     batches = Batches(run.data)
     if batches.vocab_size > model["vocab_size"]:
         raise ValueError(
             f"data: the tokenizer of {run.data.root} has {batches.vocab_size} words and the model "
             f"{model['vocab_size']}; prepare the data with the model's own tokenizer"
+        )
+    if (Path(run.model) / "tokenizer.json").is_file() and (
+        load_tokenizer(run.model).sha256 != batches.tokenizer_sha256
+    ):
+        raise ValueError(
+            f"data: the tokenizer that made {run.data.root} is not that of {run.model}; prepare the data with the "
+            "model's own tokenizer"
         )
 
 

@@ -60,6 +60,7 @@ def tiny_data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         "sequence_length": 32,
         "sequences_per_step": 8,
         "seed": 1,
+        "margin": float("inf"),
         "sources": {name: {"path": str(folder / f"{name}.jsonl")} for name in ("wiki", "code", "math")},
         "phases": {
             "one": {"tokens": 4 * 256, "blend": {"wiki": 0.8, "code": 0.2}},

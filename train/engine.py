@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from brumby.data import schedule
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import OptimizerConfig, RunConfig
 from brumby.train.guard import Guard
@@ -37,7 +38,8 @@ def setup_distributed() -> torch.device:
 
 
 def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> dict:
-    accumulation = config.data.sequences_per_step // (config.micro_batch * world_size)
+    rows = schedule(config.data)[0].sequences_per_step  # the trainer sets it anew with the phase
+    accumulation = rows // (config.micro_batch * world_size)
     zero: dict = {"stage": config.zero_stage if train or config.zero_stage == 3 else 0}
     if not torch.cuda.is_available():  # the default buckets would hold a small model's gradients a second time
         zero |= {"reduce_bucket_size": 2**25, "allgather_bucket_size": 2**25}

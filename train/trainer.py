@@ -44,7 +44,7 @@ class Trainer:
     def __init__(self, config: RunConfig, beat: Callable[[], None]) -> None:
         self.config, self.beat = config, beat
         self.batches = Batches(config.data)
-        self.total_tokens = self.batches.num_steps * self.batches.tokens_per_step
+        self.total_tokens = self.batches.tokens_seen(self.batches.num_steps)
         lr_ratio(config.schedule, 0, self.total_tokens)  # fails here, not after the models are loaded
         self.stop = False
         self.checkpoint_seconds = 0.0  # that the training waited for the checkpoint before the next step
@@ -54,14 +54,16 @@ class Trainer:
         self._watch()
         self.device = setup_distributed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        check_divisible(config.data.sequences_per_step, self.world_size, config.micro_batch)
+        for phase in self.batches.phases:
+            check_divisible(phase.sequences_per_step, self.world_size, config.micro_batch)
         self.engine, self.guard = build_engine(config, self.device)
         self.base = build_base(config, self.device)
         self.checkpoints = Checkpoints(config, self.engine, self.device)
         model = self.engine.module.model
         self.layers = model.model.layers
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.flops_per_token = flops_per_token(model.config, config.data.sequence_length)
+        lengths = [phase.sequence_length for phase in self.batches.phases]
+        self.flops_per_token = [flops_per_token(model.config, length) for length in lengths]  # of each phase
         self.peak_flops = peak_flops(self.device, precision) * self.world_size
 
     def _on_signal(self, number: int, _frame) -> None:
@@ -123,7 +125,7 @@ class Trainer:
         """What a checkpoint holds beside weights and moments."""
         return {
             "step": step,  # the data's position: steps not applied count
-            "tokens_seen": step * self.batches.tokens_per_step,
+            "tokens_seen": self.batches.tokens_seen(step),
             "updates": num_updates(self.engine),
             "world_size": self.world_size,
             "zero_stage": self.config.zero_stage,
@@ -136,10 +138,10 @@ class Trainer:
         """Take up a checkpoint's state, or a new run's."""
         if state is None:
             return {"step": 0, "wall_seconds": 0.0}
-        if state["fingerprint"] != self.batches.fingerprint:
+        if changes := self.batches.changes_since(state["fingerprint"]):
             raise ValueError(
-                f"the data of {self.config.run_dir} changed since its checkpoint; "
-                "a resumed run needs the same shards"
+                f"the data of {self.config.run_dir} changed since its checkpoint: {'; '.join(changes)}. "
+                "A resumed run needs the same"
             )
         self.guard.restore(state["guard"])
         return state
@@ -175,12 +177,16 @@ class Trainer:
         start = time.perf_counter()
         config, world = self.config, self.world_size
         batches = self.batches.micro_batches(step, self.rank, world, config.micro_batch)
-        tokens_seen = step * self.batches.tokens_per_step
+        phase_index, phase = self.batches.phase_of(step)
+        tokens_seen = self.batches.tokens_seen(step + 1)  # with this step
+        if phase.sequences_per_step != self.engine.train_batch_size():
+            self.engine.set_train_batch_size(phase.sequences_per_step)
+            self.engine.micro_steps = 0  # DeepSpeed steps where their number is a multiple of the accumulation
         measure = step % config.measure_every == 0 or step == self.batches.num_steps - 1
 
         local_valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         (num_valid,) = self.all_reduce([local_valid])
-        ratio = lr_ratio(config.schedule, tokens_seen + self.batches.tokens_per_step, self.total_tokens)
+        ratio = lr_ratio(config.schedule, tokens_seen, self.total_tokens)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * ratio
 
@@ -188,7 +194,7 @@ class Trainer:
         base_loss = self.base_loss(batches, num_valid) if measure else None
         start += time.perf_counter() - measuring  # throughput is that of training alone
         gates = GateStatistics(self.layers) if measure else None
-        if step in self.batches.phase_starts:
+        if step == phase.first_step:
             self.guard.forget()  # other data, another loss: no spike
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
@@ -206,12 +212,12 @@ class Trainer:
         self.checkpoints.settle(pending > 0)
 
         seconds = time.perf_counter() - start
-        rate = self.batches.tokens_per_step / seconds
+        rate = phase.tokens_per_step / seconds
         row = {
             "step": step + 1,
-            "tokens_seen": tokens_seen + self.batches.tokens_per_step,
-            "phase": self.batches.phase_of(step)[1],
-            "phase_index": self.batches.phase_of(step)[0],
+            "tokens_seen": tokens_seen,
+            "phase": phase.name,
+            "phase_index": phase_index,
             "loss": finite(loss),
             "base_loss": base_loss,
             "lr": config.optimizer.lr * ratio,
@@ -220,14 +226,14 @@ class Trainer:
             "valid_tokens": int(num_valid),
             "skipped_steps": self.guard.skipped,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops,
+            "mfu": rate * self.flops_per_token[phase_index] / self.peak_flops,
             "step_seconds": seconds,
             "checkpoint_seconds": self.checkpoint_seconds,
             "memory_bytes": memory_bytes(self.device),
         }
         self.checkpoint_seconds = 0.0
         if verdict is not None:
-            (whole,) = self.batches.micro_batches(step, 0, 1, config.data.sequences_per_step)
+            (whole,) = self.batches.micro_batches(step, 0, 1, phase.sequences_per_step)
             row |= {"not_applied": verdict, "sample_ids": whole.sample_ids}
             if self.rank == 0:
                 log.warning("step %d is not applied: %s", step + 1, verdict)
@@ -295,9 +301,9 @@ class Recorder:
         """Draw `loss.png` from the rows so far, if the disk has space; returns them."""
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
-        starts = [start * self.batches.tokens_per_step for start in self.batches.phase_starts]
+        starts = [(phase.name, phase.first_token) for phase in self.batches.phases]
         try:
-            plot_loss(rows, list(zip(self.config.data.phases, starts, strict=True)), run_dir / "loss.png")
+            plot_loss(rows, starts, run_dir / "loss.png")
         except OSError as error:
             log.warning("loss.png is not drawn: %s", error)
         else:

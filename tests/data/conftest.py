@@ -58,10 +58,16 @@ def make_config(tmp_path: Path, tokenizer: str):
             "sequence_length": 32,
             "sequences_per_step": 8,
             "seed": 7,
+            "margin": float("inf"),
+            "deduplicate": False,
+            "skip_bad_rows": True,
             "sources": sources,
         }
         values = defaults | values
-        values.setdefault("phases", {"one": {"tokens": 1024, "blend": dict.fromkeys(values["sources"], 1)}})
+        values.setdefault(
+            "phases",
+            {"one": {"tokens": 1024, "blend": dict.fromkeys(values["sources"], 1 / len(values["sources"]))}},
+        )
         return DataConfig.from_dict(values)
 
     return make

@@ -142,23 +142,28 @@ def hub(texts) -> Iterator[Hub]:
 
 PREPARE = """
 import json, sys
+from rich.console import Console
 from brumby.data import DataConfig, prepare
-for values in sys.argv[1:]:
+from brumby.data.plan import plan
+configs = [DataConfig.from_dict(json.loads(values)) for values in sys.argv[1:]]
+for config in configs:
     try:
-        prepare(DataConfig.from_dict(json.loads(values)))
+        prepare(config)
     except ValueError as error:
         print(error)
+for config in configs[:2]:
+    print(plan(config, 2, Console(width=200)))
 """
 
 
 @pytest.mark.slow
 def test_a_hub_dataset_gives_the_tokens_of_its_files(hub: Hub, make_config, texts, tmp_path):
     """In a process of its own: the clients read HF_ENDPOINT when they are imported."""
-    columns = {"hub": "acme/text", "subset": "second", "max_documents": 40}
-    lines = {"hub": "acme/text", "subset": "lines", "max_documents": 40}
+    columns = {"hub": "acme/text", "subset": "second"}
+    lines = {"hub": "acme/text", "subset": "lines"}
     config = make_config(sources={"columns": columns, "lines": lines})
     refused = (
-        make_config(sources={"gated": {"hub": "acme/gated"}}),
+        make_config(sources={"gated": {"hub": "acme/gated", "gated": True}}),
         make_config(sources={"split": {"hub": "acme/text", "subset": "second", "split": "validation"}}),
     )
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
@@ -170,8 +175,13 @@ def test_a_hub_dataset_gives_the_tokens_of_its_files(hub: Hub, make_config, text
     assert "a gated dataset needs its terms accepted on its page" in output
     assert "source 'split': " in output
     assert "there is no split 'validation'; there are train, test" in output
+    planned, refused = output.split("True\n")
+    assert re.search(r"columns +│ +\d[\d,]+ ", planned)
+    assert "gated, no access  gated: cannot read hub dataset acme/gated" in refused
+    assert refused.endswith("False\n")
+    assert "/api/datasets/acme/gated/auth-check" in hub.requests
 
-    local = make_config({"wiki": texts(60, seed=40)[:40]}, root=str(tmp_path / "local"))
+    local = make_config({"wiki": texts(60, seed=40)}, root=str(tmp_path / "local"))
     prepare(local)
     expected = TokenSource(Path(local.root) / "wiki").manifest
     for name in ("columns", "lines"):

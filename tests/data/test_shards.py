@@ -54,8 +54,8 @@ def test_damage_is_named(folder: Path):
     def rewrite(**values):
         (folder / "manifest.json").write_text(json.dumps(manifest | values))
 
-    rewrite(format_version=2)
-    expect("has format version 2, this is version 1")
+    rewrite(format_version=1)
+    expect("has format version 1, this is version 2")
     rewrite(num_tokens=7)
     expect("its totals .* are not the sum")
     (folder / "manifest.json").write_text("{")
@@ -73,8 +73,15 @@ def test_damage_is_named(folder: Path):
     index = folder / "shard-00002.idx.npy"
     content = index.read_bytes()
     index.write_bytes(content[:-8])
-    expect("shard-00002.idx.npy cannot be read")
-    np.save(index, np.load(folder / "shard-00003.idx.npy"))
-    expect("shard-00002.idx.npy does not match the manifest")
+    expect(f"shard-00002.idx.npy has {len(content) - 8} bytes")
+    index.write_bytes(content)
+    offsets = np.load(index)
+    offsets[-1] += 1
+    np.save(index, offsets)
+    source = TokenSource(folder)  # the index is read where it is used
+    with pytest.raises(ValueError, match=r"shard-00002\.idx\.npy does not match the manifest"):
+        source.window(0, len(source))
+    index.unlink()
+    expect("shard-00002.idx.npy is missing")
     (folder / "manifest.json").unlink()
     expect("holds no manifest.json, so no token shards; make them with `brumby prepare`")

@@ -1,16 +1,19 @@
 """The command line as its user meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 import brumby.configs
 from brumby.data import DataConfig, phase_starts
-from brumby.launch import cli
+from brumby.launch import cli, runs
 from brumby.train import config as run_config
 from brumby.train.schedule import lr_ratio
 
@@ -37,12 +40,13 @@ def test_every_experiment_composes_and_validates(experiment, command):
         "min_hosts",
         "grace",
         "num_workers",
+        "dry_run",
         "resume",
     ):
         composed.pop(name, None)
     run = run_config.from_omegaconf(composed)
     assert DataConfig.from_dict(cli.plain(composed.data)) == run.data
-    total = phase_starts(run.data)[-1] * run.data.tokens_per_step
+    total = phase_starts(run.data)[-1] * run.data.sequence_length * run.data.sequences_per_step
     assert lr_ratio(run.schedule, run.schedule.warmup_tokens, total) == 1.0
     assert lr_ratio(run.schedule, total, total) == pytest.approx(run.schedule.min_ratio)
 
@@ -55,7 +59,7 @@ def test_the_published_run_is_the_published_run():
 
 
 def test_the_papers_switches_are_an_option():
-    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano_60_90"])
+    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano2_60_90"])
     run = run_config.from_omegaconf(without_resume(composed))
     assert phase_starts(run.data) == [0, 1800, 2700, 3000]
 
@@ -132,6 +136,7 @@ data:
   root: tokens
   sequence_length: 32
   sequences_per_step: 4
+  deduplicate: false
   sources: {{wiki: {{path: text.jsonl}}, code: {{path: text.jsonl}}, math: {{path: text.jsonl}}}}
   phases: {{encyclopedia: {{tokens: 256}}, code: {{tokens: 256}}, mathematics: {{tokens: 256}}}}
 """
@@ -164,3 +169,14 @@ data:
     text = done("generate", "model=model", "prompt=a state", "max_new_tokens=8")
     assert text.startswith("a state")
     assert len(text.strip()) > len("a state")
+
+
+def test_data_of_another_tokenizer_is_refused(make_run, tiny_model, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # as many words, other tokens
+    tokenizer.save_pretrained(other)
+    runs.check(run_config.load(make_run()), num_ranks=1)
+    with pytest.raises(ValueError, match=f"data: the tokenizer that made .* is not that of {other}"):
+        runs.check(run_config.load(make_run("other", model=str(other))), num_ranks=1)

@@ -37,7 +37,7 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
     return {name: reader.weight(name) for name in reader.shapes}
 
 
-def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]:
+def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None) -> list[float]:
     """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one."""
     config = load(run_dir)
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
@@ -45,9 +45,10 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "g_proj" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
-    found = []
-    for step in range(steps):
-        (batch,) = Batches(config.data).micro_batches(step, 0, 1, config.data.sequences_per_step)
+    found, batches = [], Batches(config.data)
+    total_tokens = batches.tokens_seen(batches.num_steps)
+    for step in range(steps or batches.num_steps):
+        (batch,) = batches.micro_batches(step, 0, 1, batches.phase_of(step)[1].sequences_per_step)
         total, count = torch.zeros(()), 0
         tokens, labels = batch.input_ids.flatten(), batch.labels.flatten()
         for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
@@ -60,9 +61,9 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]
         optimizer.zero_grad()
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        seen = 256 * (step + 1)
+        seen = batches.tokens_seen(step + 1)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(seen / 512, (3072 - seen) / 1024, 1.0)
+            group["lr"] = 1e-2 * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
         optimizer.step()
     return found
 
@@ -76,6 +77,21 @@ def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
     assert [i for i, loss in enumerate(base) if loss is not None] == [0, 4, 8, 11]
     expected = plain_losses(run_dir, use_exp=True)
     assert [base[i] for i in (0, 4, 8, 11)] == pytest.approx([expected[i] for i in (0, 4, 8, 11)], abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_phases_with_their_own_lengths_and_batches(make_run, train, tiny_data, zero_stage):
+    phases = {
+        "one": {"tokens": 3 * 256, "blend": {"wiki": 1.0}},
+        "two": {"tokens": 4 * 384, "blend": {"code": 1.0}, "sequence_length": 64, "sequences_per_step": 6},
+        "three": {"tokens": 2 * 512, "blend": {"math": 1.0}, "sequence_length": 128, "sequences_per_step": 4},
+    }
+    run_dir = make_run(data=tiny_data | {"phases": phases}, zero_stage=zero_stage)  # 4, 3 and 2 micro-batches
+    train(run_dir)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
+    tokens = [row["tokens_seen"] for row in read_metrics(run_dir / "metrics.jsonl")]
+    assert tokens == [256, 512, 768, 1152, 1536, 1920, 2304, 2816, 3328]
 
 
 @pytest.mark.slow
@@ -181,7 +197,8 @@ def test_resuming_on_other_data_is_refused(make_run, train):
     train(run_dir, num_ranks=2)
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
-    assert "changed since its checkpoint" in train(run_dir, num_ranks=2, expected=1)
+    errors = train(run_dir, num_ranks=2, expected=1)
+    assert "changed since its checkpoint: seed was 1, now 2. A resumed run needs the same" in errors
 
 
 @pytest.mark.slow
