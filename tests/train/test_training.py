@@ -107,7 +107,7 @@ def test_two_ranks_at_every_zero_stage_train_as_one(make_run, train, zero_stage)
 def test_bf16_with_float32_masters_stays_close(make_run, train, zero_stage):
     run_dir = make_run(zero_stage=zero_stage, precision="bf16")
     train(run_dir, num_ranks=2)
-    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.01)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.02)
 
 
 @pytest.mark.slow
