@@ -30,11 +30,11 @@ from shutil import which
 
 from omegaconf import DictConfig, OmegaConf
 
+from brumby.launch.examine import examine
 from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ssh
 from brumby.launch.supervise import first_error, supervise
 from brumby.train import status
-from brumby.train.checkpoint import completed, step_of
-from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED
+from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, completed, step_of
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "torchrun": {},
@@ -58,14 +58,15 @@ class LaunchConfig:
 
     Args:
         hosts: A DeepSpeed hostfile; None is this machine, or the Slurm allocation.
+        num_hosts: The run takes so many of the hostfile, the first; the others are spare. None takes all.
         launcher: "torchrun", "pdsh", "openmpi", "slurm", or "auto": pdsh with `hosts`, else slurm inside an
             allocation, else torchrun.
         ranks_per_host: None is the hostfile's slots, else the number of CUDA devices here, else 1.
         master_port: Where rank 0 gathers the others; None is a port that is free here.
         env: Variables for the ranks, beyond those passed on from this environment.
         restarts: How often a run that failed is started again without a checkpoint more than before.
-        min_hosts: If after a failure not all hosts answer in time, go on with those that do, if there are so many;
-            None waits for all or gives up.
+        min_hosts: If after a failure hosts are lost and no spare ones are left, go on with those that remain, if
+            there are so many; None gives up.
         grace: Seconds to save and stop after a first signal.
         module: What each rank runs; its argument is the run directory.
 
@@ -74,6 +75,7 @@ class LaunchConfig:
     """
 
     hosts: str | None = None
+    num_hosts: int | None = None
     launcher: str = "auto"
     ranks_per_host: int | None = None
     master_port: int | None = None
@@ -83,6 +85,7 @@ class LaunchConfig:
     grace: float = 300.0
     module: str = "brumby.train"
     slots: dict[str, int] = field(init=False)  # host -> number of ranks
+    spares: dict[str, int] = field(init=False)  # the same of hosts that wait for one of these to fail
     any_port: bool = field(init=False)  # each attempt takes a port that is free here
 
     def __post_init__(self) -> None:
@@ -110,7 +113,9 @@ class LaunchConfig:
         for program, remedy in PROGRAMS[self.launcher].items():
             if which(program) is None:
                 raise ValueError(f"launcher={self.launcher}: there is no {program} on the PATH ({remedy})")
-        self.slots = self._slots()
+        self.slots, self.spares = self._slots(), {}
+        if self.num_hosts is not None:
+            self._set_spares_aside(self.num_hosts)
         self.any_port = self.master_port is None
         if self.any_port and self.launcher != "torchrun":
             self.master_port = _free_port()
@@ -122,6 +127,16 @@ class LaunchConfig:
         in_slurm = self.launcher == "slurm"
         hosts = expand_nodelist(os.environ["SLURM_JOB_NODELIST"]) if in_slurm else ["localhost"]
         return dict.fromkeys(hosts, self.ranks_per_host or _num_devices())
+
+    def _set_spares_aside(self, num_hosts: int) -> None:
+        if not self.hosts:
+            raise ValueError("num_hosts needs hosts=HOSTFILE, which names more than that")
+        if not 1 <= num_hosts <= len(self.slots):
+            raise ValueError(f"num_hosts is {num_hosts}; {self.hosts} names {len(self.slots)}")
+        if len(set(self.slots.values())) > 1:
+            raise ValueError(f"{self.hosts}: a spare host takes any other's place, so all need the same slots")
+        hosts = list(self.slots)
+        self.spares = {host: self.slots.pop(host) for host in hosts[num_hosts:]}
 
     @property
     def multi_host(self) -> bool:
@@ -204,8 +219,7 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
     started = time.time()
 
     def stalled() -> bool:
-        signs = [path.stat().st_mtime for path in (logs / "rank-00000.json",) if path.exists()]
-        return time.time() - max([started, *signs]) > limit
+        return time.time() - max(started, _sign_of_life(run_dir)) > limit
 
     interrupt = functools.partial(_interrupt, config, logs)
     end = functools.partial(_end, config, logs)
@@ -215,7 +229,8 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
 def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     """Wait until every host answers and has no rank of this run left; False if too few do in time.
 
-    Hosts that do not answer are left out of `config.slots`, if `config.min_hosts` allows it.
+    In `config.slots` a host that is lost is replaced by a spare one, or left out if `config.min_hosts` allows it.
+    So is one that answers and has a broken GPU.
     """
     if not config.multi_host:
         while alive := _ranks_here(run_dir):  # their launcher was killed
@@ -223,20 +238,29 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
         return True
-    deadline = time.monotonic() + _patience(run_dir)
+    started = time.time()
     waiting = list(config.slots)
-    while waiting and time.monotonic() < deadline:
+    # Hosts that only this one cannot reach may train on: then it waits until they have finished.
+    while waiting and time.time() - max(started, _sign_of_life(run_dir)) < _patience(run_dir):
         waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
         if waiting:
             time.sleep(2)
-    if not waiting:
+    lost = dict.fromkeys(waiting, "it does not answer, or has ranks that do not end")
+    if config.spares or config.min_hosts is not None:
+        found = [f for f in examine(config, []) if f.advice and (f.subject == "answer" or "GPU" in f.subject)]
+        lost |= {finding.host: f"{finding.subject}: {finding.found}" for finding in found}
+    if not lost:
         return True
-    print(f"no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
-    left = {host: slots for host, slots in config.slots.items() if host not in waiting}
-    if config.min_hosts is None or len(left) < config.min_hosts:
+    for host, reason in lost.items():
+        print(f"{host} is lost: {reason}", file=sys.stderr)
+    spares = [host for host in config.spares if host not in lost]
+    left = [spares.pop(0) if host in lost and spares else host for host in config.slots]
+    left = [host for host in left if host not in lost]
+    if len(left) < (config.min_hosts or len(config.slots)):
         return False
     print(f"going on with {', '.join(left)}", file=sys.stderr)
-    config.slots = left
+    slots = config.slots | config.spares
+    config.slots, config.spares = ({host: slots[host] for host in hosts} for hosts in (left, spares))
     return True
 
 
@@ -249,6 +273,12 @@ def _ranks_here(run_dir: Path) -> list[int]:
             if row["host"] == socket.gethostname() and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
                 found.append(row["pid"])
     return found
+
+
+def _sign_of_life(run_dir: Path) -> float:
+    """When rank 0 last took a step."""
+    path = run_dir / "logs" / "rank-00000.json"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _patience(run_dir: Path) -> float:
@@ -276,7 +306,11 @@ def preflight(config: LaunchConfig, run_dir: Path | None = None) -> None:
         ValueError: with a line for each host that cannot.
     """
     if config.multi_host:
-        check_hosts(list(config.slots), run_dir)
+        check_hosts([*config.slots, *config.spares], run_dir)
+    elif config.launcher == "slurm" and run_dir is not None:
+        argv = [*_srun(config), "test", "-r", str(run_dir / "config.yaml")]
+        if not _quietly(argv):
+            raise ValueError(f"{shlex.join(argv)} failed; runs need a filesystem that all nodes share")
 
 
 def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, str]]:
@@ -292,8 +326,7 @@ def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, s
     argv = [sys.executable, "-m", "torch.distributed.run"]
     argv += [f"--nnodes={num_hosts}", f"--nproc-per-node={ranks}"]
     if config.launcher == "slurm":
-        tasks = [f"--nodes={num_hosts}", f"--ntasks={num_hosts}", "--ntasks-per-node=1"]
-        argv = ["srun", *tasks, "--kill-on-bad-exit=1", *argv, "--rdzv-backend=c10d"]
+        argv = [*_srun(config), *argv, "--rdzv-backend=c10d"]
         argv += [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={head}:{config.master_port}"]
     elif config.master_port is None:
         argv += ["--standalone"]
@@ -305,6 +338,12 @@ def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, s
     if config.launcher == "slurm":
         env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # srun signals torchrun; ranks need time to save
     return argv, env | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _srun(config: LaunchConfig) -> list[str]:
+    """How one process on each node of the allocation starts; by default srun would tie it to one core."""
+    tasks = [f"--nodes={len(config.slots)}", f"--ntasks={len(config.slots)}", "--ntasks-per-node=1"]
+    return ["srun", *tasks, "--cpu-bind=none", "--kill-on-bad-exit=1"]
 
 
 def exports(config: LaunchConfig) -> dict[str, str]:

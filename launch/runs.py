@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from brumby.data import Batches, check_divisible
 from brumby.train import config as run_config
-from brumby.train.checkpoint import completed, problems, step_of
+from brumby.train.checkpoint import problems
 from brumby.train.config import RunConfig
+from brumby.train.status import completed, step_of
 
 
 def create_or_resume(config: DictConfig, num_ranks: int) -> Path:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import threading
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from brumby.convert.files import sync
 from brumby.convert.pieces import MANIFEST, PiecesReader, file_name, manifest, problem, write
 from brumby.train import partition
 from brumby.train.config import RunConfig
+from brumby.train.status import completed, step_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -32,16 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MARGIN = 1.02  # of the bytes a checkpoint needs: headers, manifest, the file system's own
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def completed(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first. Unfinished ones have another name and are not among them."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if re.fullmatch(r"step-\d+", f.name)), key=step_of)
 
 
 def problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:

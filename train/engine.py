@@ -32,6 +32,8 @@ def setup_distributed() -> torch.device:
         device = torch.device("cpu")
     # Saves a minute of compiling at the first start on a CPU, where gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It imports Muon to ask whether the optimizer is one, which would load a compiler: three seconds a rank.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     return device
 

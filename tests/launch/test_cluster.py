@@ -134,6 +134,13 @@ class TestConfig:
         config = LaunchConfig(ranks_per_host=8)
         assert (config.launcher, config.num_ranks) == ("slurm", 32)
 
+    def test_hosts_beyond_num_hosts_are_spare(self, programs, hostfile):
+        programs(pdsh="", ssh="")
+        config = LaunchConfig(hosts=hostfile, num_hosts=1, ranks_per_host=8)
+        assert (config.slots, config.spares) == ({"node-1": 8}, {"node-2": 8})
+        with pytest.raises(ValueError, match="a spare host takes any other's place, so all need the same slots"):
+            LaunchConfig(hosts=hostfile, num_hosts=1)
+
     def test_this_machine_means_torchrun(self):
         config = LaunchConfig(ranks_per_host=2)
         assert (config.launcher, config.num_ranks) == ("torchrun", 2)
@@ -148,6 +155,7 @@ class TestConfig:
             ({"launcher": "openmpi"}, "launcher=openmpi needs hosts=HOSTFILE"),
             ({"launcher": "torchrun", "hosts": "hosts"}, "launcher=torchrun takes no hosts"),
             ({"launcher": "slurm"}, "inside an allocation"),
+            ({"num_hosts": 1}, "num_hosts needs hosts=HOSTFILE"),
         ],
     )
     def test_refuses(self, values, complaint):
@@ -183,11 +191,12 @@ class TestCommand:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-03]")
         argv, _ = command(LaunchConfig(ranks_per_host=8, master_port=29511), Path("/runs/a b"))
-        assert argv[:6] == [
+        assert argv[:7] == [
             "srun",
             "--nodes=3",
             "--ntasks=3",
             "--ntasks-per-node=1",
+            "--cpu-bind=none",
             "--kill-on-bad-exit=1",
             sys.executable,
         ]
@@ -279,7 +288,7 @@ class TestLaunch:
     @pytest.mark.slow
     @pytest.mark.parametrize(("num_signals", "grace"), [(2, 300), (1, 2)])
     def test_ranks_that_do_not_stop_are_ended(self, run_dir, tmp_path, num_signals, grace):
-        """By a second Ctrl-C, or when the time to save is over; torchrun kills what is left 30 s later."""
+        """By a second Ctrl-C, or when the time to save is over; torchrun kills what is left a little later."""
         (tmp_path / "stand_in.py").write_text(
             "import os, signal, sys, time; from pathlib import Path\n"
             "signal.signal(signal.SIGTERM, lambda number, frame: None)\n"
@@ -288,7 +297,10 @@ class TestLaunch:
         )
         program = LAUNCH_LOCAL.replace("ranks_per_host=2", f"ranks_per_host=2, grace={grace}")
         process = subprocess.Popen(
-            [sys.executable, "-c", program, str(run_dir)], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, str(run_dir)],
+            env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         ready = [run_dir / "ready-0", run_dir / "ready-1"]
         wait_for(*ready)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from brumby.convert.pieces import PiecesReader
 from brumby.data import Batches
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
-from brumby.train.checkpoint import completed, step_of
 from brumby.train.config import load
+from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
-from tests.conftest import start_ranks
+from tests.conftest import start_ranks, train
 
 ROW = {
     "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu",
@@ -67,7 +68,7 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]
     return found
 
 
-def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
+def test_one_rank_trains_as_plain_pytorch_does(make_run):
     run_dir = make_run(zero_stage=0)
     train(run_dir)
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
@@ -80,22 +81,20 @@ def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_at_every_zero_stage_train_as_one(make_run, train, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage)
-    train(run_dir, num_ranks=2)
+def test_two_ranks_at_every_zero_stage_train_as_one(trained, zero_stage):
+    run_dir = trained(zero_stage=zero_stage)
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bf16_with_float32_masters_stays_close(make_run, train, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage, precision="bf16")
-    train(run_dir, num_ranks=2)
+def test_bf16_with_float32_masters_stays_close(trained, zero_stage):
+    run_dir = trained(zero_stage=zero_stage, precision="bf16")
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.01)
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_behind(make_run, train, tmp_path):
+def test_what_a_run_leaves_behind(make_run):
     run_dir = make_run(keep_checkpoints=1, keep_every=10)
     train(run_dir, num_ranks=2)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -122,11 +121,10 @@ def test_what_a_run_leaves_behind(make_run, train, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, long_data, zero_stage, precision):
-    options = {"zero_stage": zero_stage, "precision": precision, "data": long_data, "checkpoint_every": 50}
-    whole = make_run("whole", **options)
-    train(whole, num_ranks=2)
-    run_dir = make_run("interrupted", **options)
+def test_an_interrupted_run_resumes_bit_for_bit(make_run, trained, long_data, zero_stage, precision):
+    options = {"zero_stage": zero_stage, "precision": precision, "data": long_data}
+    whole = trained(**options)
+    run_dir = make_run(**options, checkpoint_every=50)
     process = start_ranks(run_dir, 2)
     while len(losses(run_dir)) < 6 and process.poll() is None:
         time.sleep(0.05)
@@ -142,7 +140,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, long_data, zero
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, train, long_data):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, long_data):
     """What it had done after that checkpoint is done again; no row of metrics stands twice."""
     run_dir = make_run(data=long_data, checkpoint_every=5)
     process = start_ranks(run_dir, 1)
@@ -176,16 +174,16 @@ def test_one_signal_saves_and_a_second_does_not_wait(make_run, long_data, signal
 
 
 @pytest.mark.slow
-def test_resuming_on_other_data_is_refused(make_run, train):
-    run_dir = make_run()
-    train(run_dir, num_ranks=2)
-    config = (run_dir / "config.yaml").read_text()
+def test_resuming_on_other_data_is_refused(trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained(zero_stage=2), run_dir)
+    config = (run_dir / "config.yaml").read_text().replace(str(trained(zero_stage=2).parent), str(tmp_path))
     (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
     assert "changed since its checkpoint" in train(run_dir, num_ranks=2, expected=1)
 
 
 @pytest.mark.slow
-def test_divergence_stops_the_run(make_run, train):
+def test_divergence_stops_the_run(make_run):
     run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30}, stability={"max_in_a_row": 3})
     assert "and there is no checkpoint from before them" in train(run_dir, expected=1)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -194,13 +192,12 @@ def test_divergence_stops_the_run(make_run, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_export_holds_the_trained_weights(make_run, train, tmp_path, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage)
-    train(run_dir, num_ranks=2)
+def test_export_holds_the_trained_weights(trained, tmp_path, zero_stage):
+    run_dir = trained(zero_stage=zero_stage)
     export(find_checkpoint(run_dir), Path(load(run_dir).model), tmp_path / "out", "float32")
     model = BrumbyForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    trained = weights(run_dir)
+    expected = weights(run_dir)
     exported = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
-    assert all(torch.equal(exported[name], trained[name]) for name in exported)
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)
     (batch,) = Batches(load(run_dir).data).micro_batches(11, 0, 1, 8)
     assert model(batch.input_ids).logits.isfinite().all()
