@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -242,7 +243,9 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     waiting = list(config.slots)
     # Hosts that only this one cannot reach may train on: then it waits until they have finished.
     while waiting and time.time() - max(started, _sign_of_life(run_dir)) < _patience(run_dir):
-        waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            clear = list(pool.map(functools.partial(_is_clear, config, run_dir), waiting))
+        waiting = [host for host, is_clear in zip(waiting, clear, strict=True) if not is_clear]
         if waiting:
             time.sleep(2)
     lost = dict.fromkeys(waiting, "it does not answer, or has ranks that do not end")
@@ -411,8 +414,9 @@ def _end(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> None:
     pattern that fits every other run as well, so the signal is kept from it.
     """
     if config.launcher == "pdsh":
-        pid_file = logs / "host-%n.pid"  # pdsh replaces %n by the host's index
-        _quietly(["pdsh", "-R", "ssh", "-f", "1024", "-w", ",".join(config.slots), _kill(pid_file)])
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            for index, host in enumerate(config.slots):
+                pool.submit(_quietly, [*ssh(host), _kill(logs / f"host-{index}.pid")])
     else:
         os.killpg(launcher.pid, signal.SIGTERM)
 

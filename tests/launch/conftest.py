@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {"ip": "iproute2", "pdsh": "pdsh", "ssh": "openssh-client", "sshd": "openssh-server"}
+QUICK = "-o ConnectTimeout=2 -o ServerAliveInterval=4 -o ServerAliveCountMax=3"  # the first of each counts for ssh
 SYSTEM_PATH = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -107,7 +108,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         env={
             **os.environ,
             "PATH": SYSTEM_PATH,
-            "PDSH_SSH_ARGS_APPEND": f"-F {folder / 'ssh_config'}",
+            "PDSH_SSH_ARGS_APPEND": f"-F {folder / 'ssh_config'} {QUICK}",
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
             "OMPI_MCA_plm_rsh_args": f"-F {folder / 'ssh_config'}",
