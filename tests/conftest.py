@@ -134,7 +134,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess.Popen:
+def start_ranks(
+    run_dir: Path, num_ranks: int, module: str = "brumby.train", **environment: str
+) -> subprocess.Popen:
     """Start the ranks of a run with torchrun, as `brumby launch` does on one machine."""
     words = [
         "-m",
@@ -145,7 +147,7 @@ def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess
         str(num_ranks),
     ]
     return subprocess.Popen(
-        [sys.executable, *words, "-m", "brumby.train", str(run_dir)],
+        [sys.executable, *words, "-m", module, str(run_dir)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -153,9 +155,9 @@ def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess
     )
 
 
-def train(run_dir: Path, num_ranks: int = 1, expected: int = 0, **environment: str) -> str:
+def train(run_dir: Path, num_ranks: int = 1, expected: int = 0, **options: str) -> str:
     """Train a run with some ranks; their output, or a failure that shows it."""
-    process = start_ranks(run_dir, num_ranks, **environment)
+    process = start_ranks(run_dir, num_ranks, **options)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == expected, output
     return output

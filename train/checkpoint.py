@@ -66,9 +66,6 @@ class Checkpoints:
         self.folder = config.run_dir / "checkpoints"
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.pieces = partition.pieces(engine)
-        if engine.zero_optimization_stage() == 0:
-            shares = [partition.share(piece, self.rank, self.world_size) for piece in self.pieces]
-            self.pieces = [share for share in shares if len(share.tensors["weight"])]
         self.host: dict[str, Tensor] = {}
         self.state: dict | None = None  # of the checkpoint being written
         self.writer: threading.Thread | None = None
@@ -179,7 +176,8 @@ class Checkpoints:
         return state
 
     def _too_little_space(self) -> str | None:
-        needed = torch.tensor(sum(t.nbytes for p in self.pieces for t in p.tensors.values()), device=self.device)
+        elements = sum(len(tensor) for piece in self.pieces for tensor in piece.tensors.values())
+        needed = torch.tensor(4 * elements, device=self.device)
         dist.all_reduce(needed)
         found: list[str | None] = [None]
         if self.rank == 0:

@@ -41,8 +41,9 @@ def setup_distributed() -> torch.device:
 def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> dict:
     accumulation = config.data.sequences_per_step // (config.micro_batch * world_size)
     zero: dict = {"stage": config.zero_stage if train or config.zero_stage == 3 else 0}
-    if not torch.cuda.is_available():  # the default buckets would hold a small model's gradients a second time
+    if not torch.cuda.is_available():  # where models are small; the defaults would hold them whole, or twice
         zero |= {"reduce_bucket_size": 2**25, "allgather_bucket_size": 2**25}
+        zero |= {"stage3_param_persistence_threshold": 2**9}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
@@ -58,12 +59,14 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Matrices with weight decay, vectors without, gates without and at their own rate.
+    """What is trained: matrices with weight decay, vectors without, gates without and at their own rate.
 
     `peak_lr` is the group's learning rate at the top of the schedule.
     """
     matrices, vectors, gates = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if ".g_proj." in name:
             gates.append(parameter)
         elif name.endswith(".bias") or "norm." in name:

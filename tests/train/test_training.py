@@ -23,6 +23,8 @@ from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
 from tests.conftest import start_ranks, train
 
+TOLERANCES = {"fp32": {"abs": 2e-5}, "bf16": {"rel": 0.01}}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW = {
     "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu",
     "step_seconds",
@@ -38,12 +40,16 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
     return {name: reader.weight(name) for name in reader.shapes}
 
 
-def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]:
-    """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one."""
+def plain_losses(run_dir, use_exp: bool = False, steps: int = 12, trained: str = "") -> list[float]:
+    """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one.
+
+    Parameters without `trained` in their names are frozen.
+    """
     config = load(run_dir)
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "g_proj" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "g_proj" in n]
+    named = [(n, p) for n, p in model.named_parameters() if trained in n]
+    matrices = [p for n, p in named if p.ndim == 2 and "g_proj" not in n]
+    others = [p for n, p in named if p.ndim == 1 or "g_proj" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     found = []
@@ -58,12 +64,12 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int = 12) -> list[float]
         found.append(total.item() / count)
         if use_exp:
             continue
-        optimizer.zero_grad()
+        model.zero_grad()
         (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         seen = 256 * (step + 1)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(seen / 512, (3072 - seen) / 1024, 1.0)
+            group["lr"] = config.optimizer.lr * min(seen / 512, (3072 - seen) / 1024, 1.0)
         optimizer.step()
     return found
 
@@ -91,6 +97,32 @@ def test_two_ranks_at_every_zero_stage_train_as_one(trained, zero_stage):
 def test_bf16_with_float32_masters_stays_close(trained, zero_stage):
     run_dir = trained(zero_stage=zero_stage, precision="bf16")
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero_stage", "then", "precision"), [(0, 1, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 0, "bf16")]
+)
+def test_frozen_parameters_stay_as_they_are(make_run, zero_stage, then, precision):
+    """The mixers are trained alone, by two ranks; then one takes up the checkpoint of step 5 at another stage."""
+    options = {"zero_stage": zero_stage, "precision": precision, "optimizer": {"lr": 1e-3, "gate_lr": 1e-3}}
+    run_dir = make_run(**options, activation_checkpointing=True, keep_checkpoints=3)
+    frozen_ranks = {"module": "frozen", "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"}
+    train(run_dir, num_ranks=2, **frozen_ranks)
+    expected = pytest.approx(plain_losses(run_dir, trained=".self_attn."), **TOLERANCES[precision])
+    assert losses(run_dir) == expected
+    for later in completed(run_dir)[1:]:
+        shutil.rmtree(later)
+    config = (run_dir / "config.yaml").read_text().replace(f"zero_stage: {zero_stage}", f"zero_stage: {then}")
+    (run_dir / "config.yaml").write_text(config)
+    train(run_dir, num_ranks=1, **frozen_ranks)
+    assert losses(run_dir) == expected
+    model = BrumbyForCausalLM.from_pretrained(load(run_dir).model, dtype=DTYPES[precision])
+    found = weights(run_dir)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter.float()) == (".self_attn." not in name), name
+    reader = PiecesReader(find_checkpoint(run_dir))
+    assert {name for kind, name in reader.found if kind == "exp_avg"} == {n for n in found if ".self_attn." in n}
 
 
 @pytest.mark.slow
