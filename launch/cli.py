@@ -52,7 +52,7 @@ def launch(config: DictConfig) -> int:
     from brumby.launch.cluster import LaunchConfig, launch, preflight
     from brumby.launch.doctor import require
     from brumby.launch.examine import examine
-    from brumby.launch.runs import create_or_resume
+    from brumby.launch.runs import await_run, create_or_resume
     from brumby.train.config import load
 
     names = ["hosts", "num_hosts", "launcher", "ranks_per_host", "master_port", "env"]
@@ -63,7 +63,8 @@ def launch(config: DictConfig) -> int:
         resumed = load(Path(config.resume)) if config.resume else None
         model, root = (resumed.model, resumed.data.root) if resumed else (config.model, config.data.root)
         require(examine(cluster, [str(model), str(root)]))
-    return launch(cluster, create_or_resume(config, cluster.num_ranks))
+    run_dir = await_run(config) if cluster.node_rank else create_or_resume(config, cluster.num_ranks)
+    return launch(cluster, run_dir)
 
 
 def doctor(config: DictConfig) -> int:

@@ -5,6 +5,10 @@
     openmpi    a hostfile        deepspeed --launcher openmpi, over mpirun
     slurm      the allocation    srun torchrun, one on each node
 
+Where something else starts a process on every node, as Kubernetes does, each of them is a `brumby launch`, and
+torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT tell it its place. It then
+ends with its ranks, and whoever started the nodes starts all of them again.
+
 DeepSpeed has a Slurm launcher too, but it starts a module as if it were a script and tells the ranks nothing
 of each other. Each rank runs `python -m brumby.train RUN_DIR` and finds RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT in its environment. Working directory, interpreter and run directory have the same
@@ -87,6 +91,8 @@ class LaunchConfig:
     module: str = "brumby.train"
     slots: dict[str, int] = field(init=False)  # host -> number of ranks
     spares: dict[str, int] = field(init=False)  # the same of hosts that wait for one of these to fail
+    num_nodes: int = field(init=False)  # that this machine is one of, each with its own launch
+    node_rank: int = field(init=False)
     any_port: bool = field(init=False)  # each attempt takes a port that is free here
 
     def __post_init__(self) -> None:
@@ -114,6 +120,7 @@ class LaunchConfig:
         for program, remedy in PROGRAMS[self.launcher].items():
             if which(program) is None:
                 raise ValueError(f"launcher={self.launcher}: there is no {program} on the PATH ({remedy})")
+        self.num_nodes, self.node_rank = _place_among_nodes() if self.launcher == "torchrun" else (1, 0)
         self.slots, self.spares = self._slots(), {}
         if self.num_hosts is not None:
             self._set_spares_aside(self.num_hosts)
@@ -146,7 +153,16 @@ class LaunchConfig:
 
     @property
     def num_ranks(self) -> int:
-        return sum(self.slots.values())
+        return sum(self.slots.values()) * self.num_nodes
+
+    @property
+    def first_rank(self) -> int:
+        """The first that this launch starts."""
+        return self.node_rank * sum(self.slots.values())
+
+    def owns(self, rank: int) -> bool:
+        """Whether this launch starts a rank, and no other node's; or no launch does, now that there are fewer."""
+        return self.first_rank <= rank < self.first_rank + sum(self.slots.values()) or rank >= self.num_ranks
 
 
 def launch(config: LaunchConfig, run_dir: Path) -> int:
@@ -163,7 +179,7 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
         ValueError: something is missing here or on a host. Nothing was started.
     """
     run_dir = run_dir.absolute()
-    if alive := _ranks_here(run_dir):
+    if alive := _ranks_here(config, run_dir):
         raise ValueError(
             f"{run_dir} is being trained by processes {', '.join(map(str, alive))} here; stop them first"
         )
@@ -187,6 +203,8 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
             return code
         if codes & {EXIT_BAD_INPUT, EXIT_DIVERGED}:
             return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else EXIT_DIVERGED
+        if config.num_nodes > 1:
+            return code
         attempts = config.restarts if newest_step(run_dir) > reached else attempts - 1
         if attempts < 0:
             print(f"given up: {config.restarts} restarts without a checkpoint more; logs: {run_dir / 'logs'}")
@@ -209,7 +227,8 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     for old in [*logs.glob("*.pid"), *logs.glob("rank-*.json")]:
-        old.unlink()
+        if config.owns(int(old.stem.partition("-")[2])):
+            old.unlink()
     if config.multi_host:
         hostfile = (f"{host} slots={slots}\n" for host, slots in config.slots.items())
         (logs / "hostfile").write_text("".join(hostfile))
@@ -224,7 +243,8 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
 
     interrupt = functools.partial(_interrupt, config, logs)
     end = functools.partial(_end, config, logs)
-    return supervise(argv, env, logs / "launch.log", interrupt, end, stalled, config.grace)
+    name = f"launch-{config.node_rank}.log" if config.node_rank else "launch.log"
+    return supervise(argv, env, logs / name, interrupt, end, stalled, config.grace)
 
 
 def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
@@ -234,7 +254,7 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     So is one that answers and has a broken GPU.
     """
     if not config.multi_host:
-        while alive := _ranks_here(run_dir):  # their launcher was killed
+        while alive := _ranks_here(config, run_dir):  # their launcher was killed
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
@@ -267,13 +287,14 @@ def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     return True
 
 
-def _ranks_here(run_dir: Path) -> list[int]:
+def _ranks_here(config: LaunchConfig, run_dir: Path) -> list[int]:
     """The ids of this machine's processes that are ranks of the run."""
     found = []
     for row in status.read(run_dir):
         line = Path(f"/proc/{row['pid']}/cmdline")
+        is_here = row["host"] == socket.gethostname() and config.owns(row["rank"])
         with contextlib.suppress(OSError):
-            if row["host"] == socket.gethostname() and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
+            if is_here and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
                 found.append(row["pid"])
     return found
 
@@ -325,12 +346,14 @@ def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, s
     if config.multi_host:
         return _deepspeed(config, run_dir)
     head, ranks = next(iter(config.slots.items()))
-    num_hosts = len(config.slots)
+    num_nodes = len(config.slots) * config.num_nodes
     argv = [sys.executable, "-m", "torch.distributed.run"]
-    argv += [f"--nnodes={num_hosts}", f"--nproc-per-node={ranks}"]
+    argv += [f"--nnodes={num_nodes}", f"--nproc-per-node={ranks}"]
     if config.launcher == "slurm":
         argv = [*_srun(config), *argv, "--rdzv-backend=c10d"]
         argv += [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={head}:{config.master_port}"]
+    elif config.num_nodes > 1:
+        argv += [f"--node-rank={config.node_rank}"]
     elif config.master_port is None:
         argv += ["--standalone"]
     else:
@@ -399,12 +422,12 @@ def _rank(config: LaunchConfig, run_dir: Path) -> list[str]:
 
 
 def _interrupt(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> bool:
-    """Send SIGTERM to rank 0; False while there is none. The ranks decide together: one signal is enough."""
+    """Send SIGTERM to a rank; False while there is none. The ranks decide together: one signal is enough."""
     if config.launcher == "slurm":  # srun hands it to torchrun, which hands it to every rank
         os.killpg(launcher.pid, signal.SIGTERM)
         return True
     argv = ssh(next(iter(config.slots))) if config.multi_host else ["sh", "-c"]
-    return _quietly([*argv, _kill(logs / "rank-0.pid")])
+    return _quietly([*argv, _kill(logs / f"rank-{config.first_rank}.pid")])
 
 
 def _end(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> None:
@@ -432,6 +455,18 @@ def _quietly(argv: list[str]) -> bool:
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
     except subprocess.TimeoutExpired:
         return False
+
+
+def _place_among_nodes() -> tuple[int, int]:
+    """How many nodes there are and which one this is, by torchrun's variables; one without them."""
+    if "PET_NNODES" not in os.environ:
+        return 1, 0
+    nodes, rank = os.environ["PET_NNODES"], os.environ.get("PET_NODE_RANK", "0")
+    if not (nodes.isdecimal() and rank.isdecimal() and int(rank) < int(nodes)):
+        raise ValueError(f"PET_NNODES is {nodes!r} and PET_NODE_RANK {rank!r}; expected numbers, ranks from 0 on")
+    if int(nodes) > 1 and "PET_MASTER_ADDR" not in os.environ:
+        raise ValueError("PET_NNODES is set and PET_MASTER_ADDR is not; it names the node of rank 0")
+    return int(nodes), int(rank)
 
 
 def _num_devices() -> int:

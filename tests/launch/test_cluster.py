@@ -12,6 +12,7 @@ import pytest
 
 from brumby.launch import cluster
 from brumby.launch.cluster import LaunchConfig, command, launch
+from brumby.launch.examine import examine
 from brumby.launch.hosts import expand_nodelist, parse_hostfile
 from tests.launch.conftest import wait_for
 
@@ -167,6 +168,25 @@ class TestConfig:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(ValueError, match=f"there is no {program} on the PATH .apt-get install"):
             LaunchConfig(hosts=hostfile, launcher=launcher)
+
+    @pytest.mark.parametrize(
+        ("variables", "complaint"),
+        [
+            ({"PET_NNODES": "1:4"}, "PET_NNODES is '1:4'"),
+            ({"PET_NNODES": "4", "PET_NODE_RANK": "4"}, "PET_NODE_RANK '4'"),
+            ({"PET_NNODES": "4", "PET_NODE_RANK": "3"}, "PET_MASTER_ADDR is not"),
+        ],
+    )
+    def test_a_place_among_nodes_is_checked(self, monkeypatch, variables, complaint):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=re.escape(complaint)):
+            LaunchConfig(launcher="torchrun", ranks_per_host=8)
+        monkeypatch.setenv("PET_NNODES", "4")
+        monkeypatch.setenv("PET_NODE_RANK", "3")
+        monkeypatch.setenv("PET_MASTER_ADDR", "a")
+        config = LaunchConfig(launcher="torchrun", ranks_per_host=8)
+        assert (config.num_ranks, config.first_rank) == (32, 24)
 
 
 class TestCommand:
@@ -340,6 +360,25 @@ class TestLaunch:
         written = [path for path in run_dir.rglob("*") if path.is_file()]
         assert run_dir / "logs" / "launch.log" in written
         assert [path for path in written if KEY in path.read_text()] == []
+
+    def test_slurm_nodes_must_see_the_run(self, programs, run_dir, monkeypatch):
+        programs(srun="exit 1")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+        with pytest.raises(
+            ValueError, match=r"test -r .*config.yaml failed; runs need a filesystem that all nodes"
+        ):
+            launch(LaunchConfig(ranks_per_host=2), run_dir)
+        assert not (run_dir / "logs").exists()
+
+    @pytest.mark.slow
+    def test_slurm_nodes_are_examined(self, programs, run_dir, monkeypatch):
+        programs(srun=f'while [ "${{1#--}}" != "$1" ]; do echo "$1" >>{run_dir}/options; shift; done; exec "$@"')
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+        findings = examine(LaunchConfig(ranks_per_host=2), ["/nowhere"])
+        assert [f.host for f in findings if f.found == "not there"] == ["gpu1", "gpu2"]
+        assert {"--nodelist=gpu1", "--nodelist=gpu2"} <= set((run_dir / "options").read_text().splitlines())
 
     def test_unready_hosts_are_named(self, programs, hostfile, run_dir):
         programs(
