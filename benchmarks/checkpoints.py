@@ -21,6 +21,7 @@ import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,7 +37,7 @@ from brumby.train.status import completed
 from brumby.train.tracking import read_metrics
 
 WARM_UP = 10  # steps that are not counted: kernels are compiled in the first
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
@@ -56,11 +57,11 @@ def make_model(folder: Path, shape: str) -> int:
     """A Brumby checkpoint with random weights and a tokenizer of bytes; how many parameters it has."""
     words = {c: i for i, c in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=words, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     config = BrumbyConfig(**SHAPES[shape], tie_word_embeddings=True, gate_bias=True, eos_token_id=0)
-    model = BrumbyForCausalLM(config).to(torch.bfloat16)
+    model = BrumbyForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 

@@ -48,8 +48,8 @@ def frozen(engine: "DeepSpeedEngine") -> list[Piece]:
         if parameter.requires_grad:
             continue
         if engine.zero_optimization_stage() == 3:
-            start, length = _part(parameter)
-            found.append(Piece(name, start, {"weight": parameter.ds_tensor[:length]}))
+            part, (start, length) = parameter.ds_tensor, _part(parameter)  # type: ignore[attr-defined]
+            found.append(Piece(name, start, {"weight": part[:length]}))
         else:
             found.append(Piece(name, 0, {"weight": parameter.detach().view(-1)}))
     return found
