@@ -18,6 +18,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# For ranks that run a module of this folder.
+WITH_TESTS = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"
 WORDS = TEXT.split()
 

@@ -12,7 +12,7 @@ import pytest
 
 from brumby.launch import cluster
 from brumby.launch.cluster import LaunchConfig, command, launch
-from brumby.launch.examine import examine
+from brumby.launch.examine import Finding, examine
 from brumby.launch.hosts import expand_nodelist, parse_hostfile
 from tests.launch.conftest import wait_for
 
@@ -360,6 +360,24 @@ class TestLaunch:
         written = [path for path in run_dir.rglob("*") if path.is_file()]
         assert run_dir / "logs" / "launch.log" in written
         assert [path for path in written if KEY in path.read_text()] == []
+
+    def test_a_host_with_a_broken_gpu_is_replaced_or_left_out(self, programs, tmp_path, run_dir, monkeypatch):
+        programs(pdsh="", ssh="")
+        (tmp_path / "hostfile").write_text("a slots=2\nb slots=2\nc slots=2\n")
+        config = LaunchConfig(hosts=str(tmp_path / "hostfile"), num_hosts=2, min_hosts=1)
+        broken = {"a"}
+        monkeypatch.setattr(
+            cluster,
+            "examine",
+            lambda *_: [Finding(host, "GPU 0", "computes a wrong product", "x") for host in broken],
+        )
+        assert cluster._wait_for_hosts(config, run_dir)
+        assert (config.slots, config.spares) == ({"c": 2, "b": 2}, {})
+        broken.add("b")
+        assert cluster._wait_for_hosts(config, run_dir)
+        assert (config.slots, config.spares) == ({"c": 2}, {})
+        broken.add("c")
+        assert not cluster._wait_for_hosts(config, run_dir)
 
     def test_slurm_nodes_must_see_the_run(self, programs, run_dir, monkeypatch):
         programs(srun="exit 1")

@@ -23,6 +23,7 @@ from brumby.train.config import load
 from brumby.train.objective import CrossEntropy
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
+from tests.conftest import WITH_TESTS
 from tests.launch.conftest import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -43,7 +44,7 @@ def start(run_dir: Path, faults: list[dict], ranks: int = 2, env: dict | None = 
     (run_dir / "faults.json").write_text(json.dumps(faults))
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(run_dir), str(ranks)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | {"PYTHONPATH": WITH_TESTS, "OMP_NUM_THREADS": "1"} | (env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -21,7 +21,7 @@ from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
-from tests.conftest import start_ranks, train
+from tests.conftest import WITH_TESTS, start_ranks, train
 
 TOLERANCES = {"fp32": {"abs": 2e-5}, "bf16": {"rel": 0.01}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,7 +107,7 @@ def test_frozen_parameters_stay_as_they_are(make_run, zero_stage, then, precisio
     """The mixers are trained alone, by two ranks; then one takes up the checkpoint of step 5 at another stage."""
     options = {"zero_stage": zero_stage, "precision": precision, "optimizer": {"lr": 1e-3, "gate_lr": 1e-3}}
     run_dir = make_run(**options, activation_checkpointing=True, keep_checkpoints=3)
-    frozen_ranks = {"module": "frozen", "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"}
+    frozen_ranks = {"module": "frozen", "PYTHONPATH": WITH_TESTS}
     train(run_dir, num_ranks=2, **frozen_ranks)
     expected = pytest.approx(plain_losses(run_dir, trained=".self_attn."), **TOLERANCES[precision])
     assert losses(run_dir) == expected
