@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from brumby.launch import cluster
-from brumby.launch.cluster import LaunchConfig, command, launch
+from brumby.launch.cluster import LaunchConfig, launch
+from brumby.launch.commands import PASSED_ON, command
 from brumby.launch.examine import Finding, examine
 from brumby.launch.hosts import expand_nodelist, parse_hostfile
 from tests.launch.conftest import wait_for
@@ -30,7 +31,7 @@ sys.exit(launch(LaunchConfig(launcher="torchrun", ranks_per_host=2, module="stan
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("SLURM_", "WANDB_", *cluster.PASSED_ON)):
+        if name.startswith(("SLURM_", "WANDB_", *PASSED_ON)):
             monkeypatch.delenv(name)
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from brumby.launch.cluster import SECRET
+from brumby.launch.commands import SECRET
 from brumby.launch.runs import await_run, find_checkpoint
 from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, step_of
 from brumby.train.tracking import read_metrics
