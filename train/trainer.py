@@ -114,6 +114,9 @@ class Trainer:
             self.checkpoints.wait()
             if self.checkpoints.error is not None:
                 raise RuntimeError(f"the checkpoint of step {step} is not written: {self.checkpoints.error}")
+        except DivergenceError:  # on all ranks alike
+            self.checkpoints.wait()
+            raise
         finally:
             if recorder is not None:
                 recorder.close(time.monotonic() - started, self.device)
