@@ -21,7 +21,7 @@ demo: .venv/.demo  ## convert, retrain and sample a small model on this machine
 	@$(BIN)/python -m brumby.launch.demo
 
 test: .venv/.dev  ## run the tests; PYTEST_ARGS="-k launch -x" narrows them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 chaos: .venv/.dev  ## kill, hang and damage runs 25 times; a quarter of an hour on two cores
 	BRUMBY_CHAOS_RUNS=5 $(BIN)/python -m pytest -q tests/launch/test_chaos.py

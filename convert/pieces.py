@@ -27,12 +27,13 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Piece:
-    """A range of a parameter and what AdamW keeps of it; all tensors are float32 [n].
+    """A range of a parameter and what AdamW keeps of it; all tensors are [n].
 
     Attributes:
         name: the parameter's, as in the model's own checkpoint.
         start: of the range in the flattened parameter.
-        tensors: by kind: "weight", "exp_avg" and "exp_avg_sq".
+        tensors: by kind: "weight", "exp_avg" and "exp_avg_sq", float32; of a frozen parameter "weight" alone, of
+            the model's dtype.
     """
 
     name: str

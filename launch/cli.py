@@ -85,24 +85,28 @@ def train(config: DictConfig) -> int:
 def launch(config: DictConfig) -> int:
     """Retrain on several ranks, here or on the hosts of a hostfile."""
     from brumby.launch.cluster import LaunchConfig, launch, preflight
-    from brumby.launch.doctor import examine, require
-    from brumby.launch.runs import create_or_resume
+    from brumby.launch.doctor import require
+    from brumby.launch.examine import examine
+    from brumby.launch.runs import await_run, create_or_resume
     from brumby.train.config import load
 
-    names = ("hosts", "launcher", "ranks_per_host", "master_port", "env", "restarts", "min_hosts", "grace")
+    names = ["hosts", "num_hosts", "launcher", "ranks_per_host", "master_port", "env"]
+    names += ["restarts", "min_hosts", "grace"]
     cluster = LaunchConfig(**plain(OmegaConf.create({name: config.pop(name) for name in names})))
     preflight(cluster)
-    if cluster.multi_host:
+    if cluster.launcher != "torchrun":
         resumed = load(Path(config.resume)) if config.resume else None
         model, root = (resumed.model, resumed.data.root) if resumed else (config.model, config.data.root)
         require(examine(cluster, [str(model), str(root)]))
-    return launch(cluster, create_or_resume(config, cluster.num_ranks))
+    run_dir = await_run(config) if cluster.node_rank else create_or_resume(config, cluster.num_ranks)
+    return launch(cluster, run_dir)
 
 
 def doctor(config: DictConfig) -> int:
     """Say what this machine or a cluster can run and what is missing; 1 if anything is."""
     from brumby.launch.cluster import LaunchConfig
-    from brumby.launch.doctor import all_reduce, examine, show
+    from brumby.launch.doctor import all_reduce, show
+    from brumby.launch.examine import examine
 
     options = plain(config)
     paths, runs_dir = options.pop("paths"), options.pop("runs_dir")

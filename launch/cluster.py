@@ -1,40 +1,32 @@
-"""Start a run's ranks: on this machine, on the hosts of a hostfile, or in a Slurm allocation.
+"""Start a run's ranks on one machine or many, see them to their end, and start them again.
 
-    torchrun   this machine      torchrun
-    pdsh       a hostfile        deepspeed --launcher pdsh, over ssh
-    openmpi    a hostfile        deepspeed --launcher openmpi, over mpirun
-    slurm      the allocation    srun torchrun, one on each node
-
-DeepSpeed has a Slurm launcher too, but it starts a module as if it were a script and tells the ranks nothing
-of each other. Each rank runs `python -m brumby.train RUN_DIR` and finds RANK, LOCAL_RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT in its environment. Working directory, interpreter and run directory have the same
-path on every host.
-
-DeepSpeed writes the variables it exports into command lines, which anyone on a host can read. So secrets are
-kept from it: `WANDB_API_KEY` stays on this machine, and hosts read `~/.netrc` (`wandb login`) instead.
+Where something else starts a process on every node, as Kubernetes does, each of them is a `brumby launch`, and
+torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT tell it its place. It then
+ends with its ranks, and whoever started the nodes starts all of them again.
 """
 
 import contextlib
 import functools
 import os
-import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
 
 from omegaconf import DictConfig, OmegaConf
 
+from brumby.launch.commands import command, exports, srun
+from brumby.launch.examine import examine
 from brumby.launch.hosts import check_hosts, expand_nodelist, parse_hostfile, ssh
 from brumby.launch.supervise import first_error, supervise
 from brumby.train import status
-from brumby.train.checkpoint import completed, step_of
-from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED
+from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, completed, step_of
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "torchrun": {},
@@ -42,14 +34,6 @@ PROGRAMS: dict[str, dict[str, str]] = {
     "openmpi": {"mpirun": "apt-get install openmpi-bin", "ssh": "apt-get install openssh-client"},
     "slurm": {"srun": "it comes with Slurm"},
 }
-# What hosts get of this environment; the rest is for `LaunchConfig.env` to say.
-PASSED_ON = (
-    *("NCCL_", "GLOO_", "UCX_", "OMP_", "HF_", "TORCH_", "TRITON_", "PYTHON"),
-    *("DS_ACCELERATOR", "WANDB_MODE"),
-)
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|^MLFLOW", re.IGNORECASE)  # MLflow's URI: a password
-PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)  # what DeepSpeed passes on unquoted, less %: pdsh expands it
-QUOTED = re.compile(r"[\w@+=:,./^*; -]*", re.ASCII)  # what also survives the double quotes around the rest
 
 
 @dataclass
@@ -58,14 +42,15 @@ class LaunchConfig:
 
     Args:
         hosts: A DeepSpeed hostfile; None is this machine, or the Slurm allocation.
+        num_hosts: The run takes so many of the hostfile, the first; the others are spare. None takes all.
         launcher: "torchrun", "pdsh", "openmpi", "slurm", or "auto": pdsh with `hosts`, else slurm inside an
             allocation, else torchrun.
         ranks_per_host: None is the hostfile's slots, else the number of CUDA devices here, else 1.
         master_port: Where rank 0 gathers the others; None is a port that is free here.
         env: Variables for the ranks, beyond those passed on from this environment.
         restarts: How often a run that failed is started again without a checkpoint more than before.
-        min_hosts: If after a failure not all hosts answer in time, go on with those that do, if there are so many;
-            None waits for all or gives up.
+        min_hosts: If after a failure hosts are lost and no spare ones are left, go on with those that remain, if
+            there are so many; None gives up.
         grace: Seconds to save and stop after a first signal.
         module: What each rank runs; its argument is the run directory.
 
@@ -74,6 +59,7 @@ class LaunchConfig:
     """
 
     hosts: str | None = None
+    num_hosts: int | None = None
     launcher: str = "auto"
     ranks_per_host: int | None = None
     master_port: int | None = None
@@ -83,6 +69,9 @@ class LaunchConfig:
     grace: float = 300.0
     module: str = "brumby.train"
     slots: dict[str, int] = field(init=False)  # host -> number of ranks
+    spares: dict[str, int] = field(init=False)  # the same of hosts that wait for one of these to fail
+    num_nodes: int = field(init=False)  # that this machine is one of, each with its own launch
+    node_rank: int = field(init=False)
     any_port: bool = field(init=False)  # each attempt takes a port that is free here
 
     def __post_init__(self) -> None:
@@ -110,7 +99,10 @@ class LaunchConfig:
         for program, remedy in PROGRAMS[self.launcher].items():
             if which(program) is None:
                 raise ValueError(f"launcher={self.launcher}: there is no {program} on the PATH ({remedy})")
-        self.slots = self._slots()
+        self.num_nodes, self.node_rank = _place_among_nodes() if self.launcher == "torchrun" else (1, 0)
+        self.slots, self.spares = self._slots(), {}
+        if self.num_hosts is not None:
+            self._set_spares_aside(self.num_hosts)
         self.any_port = self.master_port is None
         if self.any_port and self.launcher != "torchrun":
             self.master_port = _free_port()
@@ -123,6 +115,16 @@ class LaunchConfig:
         hosts = expand_nodelist(os.environ["SLURM_JOB_NODELIST"]) if in_slurm else ["localhost"]
         return dict.fromkeys(hosts, self.ranks_per_host or _num_devices())
 
+    def _set_spares_aside(self, num_hosts: int) -> None:
+        if not self.hosts:
+            raise ValueError("num_hosts needs hosts=HOSTFILE, which names more than that")
+        if not 1 <= num_hosts <= len(self.slots):
+            raise ValueError(f"num_hosts is {num_hosts}; {self.hosts} names {len(self.slots)}")
+        if len(set(self.slots.values())) > 1:
+            raise ValueError(f"{self.hosts}: a spare host takes any other's place, so all need the same slots")
+        hosts = list(self.slots)
+        self.spares = {host: self.slots.pop(host) for host in hosts[num_hosts:]}
+
     @property
     def multi_host(self) -> bool:
         """Whether DeepSpeed's launcher takes the ranks to the hosts."""
@@ -130,7 +132,16 @@ class LaunchConfig:
 
     @property
     def num_ranks(self) -> int:
-        return sum(self.slots.values())
+        return sum(self.slots.values()) * self.num_nodes
+
+    @property
+    def first_rank(self) -> int:
+        """The first that this launch starts."""
+        return self.node_rank * sum(self.slots.values())
+
+    def owns(self, rank: int) -> bool:
+        """Whether this launch starts a rank, and no other node's; or no launch does, now that there are fewer."""
+        return self.first_rank <= rank < self.first_rank + sum(self.slots.values()) or rank >= self.num_ranks
 
 
 def launch(config: LaunchConfig, run_dir: Path) -> int:
@@ -147,7 +158,7 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
         ValueError: something is missing here or on a host. Nothing was started.
     """
     run_dir = run_dir.absolute()
-    if alive := _ranks_here(run_dir):
+    if alive := _ranks_here(config, run_dir):
         raise ValueError(
             f"{run_dir} is being trained by processes {', '.join(map(str, alive))} here; stop them first"
         )
@@ -171,6 +182,8 @@ def launch(config: LaunchConfig, run_dir: Path) -> int:
             return code
         if codes & {EXIT_BAD_INPUT, EXIT_DIVERGED}:
             return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else EXIT_DIVERGED
+        if config.num_nodes > 1:
+            return code
         attempts = config.restarts if newest_step(run_dir) > reached else attempts - 1
         if attempts < 0:
             print(f"given up: {config.restarts} restarts without a checkpoint more; logs: {run_dir / 'logs'}")
@@ -193,7 +206,8 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     for old in [*logs.glob("*.pid"), *logs.glob("rank-*.json")]:
-        old.unlink()
+        if config.owns(int(old.stem.partition("-")[2])):
+            old.unlink()
     if config.multi_host:
         hostfile = (f"{host} slots={slots}\n" for host, slots in config.slots.items())
         (logs / "hostfile").write_text("".join(hostfile))
@@ -204,51 +218,70 @@ def _attempt(config: LaunchConfig, run_dir: Path) -> int:
     started = time.time()
 
     def stalled() -> bool:
-        signs = [path.stat().st_mtime for path in (logs / "rank-00000.json",) if path.exists()]
-        return time.time() - max([started, *signs]) > limit
+        return time.time() - max(started, _sign_of_life(run_dir)) > limit
 
     interrupt = functools.partial(_interrupt, config, logs)
     end = functools.partial(_end, config, logs)
-    return supervise(argv, env, logs / "launch.log", interrupt, end, stalled, config.grace)
+    name = f"launch-{config.node_rank}.log" if config.node_rank else "launch.log"
+    return supervise(argv, env, logs / name, interrupt, end, stalled, config.grace)
 
 
 def _wait_for_hosts(config: LaunchConfig, run_dir: Path) -> bool:
     """Wait until every host answers and has no rank of this run left; False if too few do in time.
 
-    Hosts that do not answer are left out of `config.slots`, if `config.min_hosts` allows it.
+    In `config.slots` a host that is lost is replaced by a spare one, or left out if `config.min_hosts` allows it.
+    So is one that answers and has a broken GPU.
     """
     if not config.multi_host:
-        while alive := _ranks_here(run_dir):  # their launcher was killed
+        while alive := _ranks_here(config, run_dir):  # their launcher was killed
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
         return True
-    deadline = time.monotonic() + _patience(run_dir)
+    started = time.time()
     waiting = list(config.slots)
-    while waiting and time.monotonic() < deadline:
-        waiting = [host for host in waiting if not _is_clear(config, run_dir, host)]
+    # Hosts that only this one cannot reach may train on: then it waits until they have finished.
+    while waiting and time.time() - max(started, _sign_of_life(run_dir)) < _patience(run_dir):
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            clear = list(pool.map(functools.partial(_is_clear, config, run_dir), waiting))
+        waiting = [host for host, is_clear in zip(waiting, clear, strict=True) if not is_clear]
         if waiting:
             time.sleep(2)
-    if not waiting:
+    lost = dict.fromkeys(waiting, "it does not answer, or has ranks that do not end")
+    if config.spares or config.min_hosts is not None:
+        found = [f for f in examine(config, []) if f.advice and (f.subject == "answer" or "GPU" in f.subject)]
+        lost |= {finding.host: f"{finding.subject}: {finding.found}" for finding in found}
+    if not lost:
         return True
-    print(f"no answer from {', '.join(waiting)}, or ranks there that do not end", file=sys.stderr)
-    left = {host: slots for host, slots in config.slots.items() if host not in waiting}
-    if config.min_hosts is None or len(left) < config.min_hosts:
+    for host, reason in lost.items():
+        print(f"{host} is lost: {reason}", file=sys.stderr)
+    spares = [host for host in config.spares if host not in lost]
+    left = [spares.pop(0) if host in lost and spares else host for host in config.slots]
+    left = [host for host in left if host not in lost]
+    if len(left) < (config.min_hosts or len(config.slots)):
         return False
     print(f"going on with {', '.join(left)}", file=sys.stderr)
-    config.slots = left
+    slots = config.slots | config.spares
+    config.slots, config.spares = ({host: slots[host] for host in hosts} for hosts in (left, spares))
     return True
 
 
-def _ranks_here(run_dir: Path) -> list[int]:
+def _ranks_here(config: LaunchConfig, run_dir: Path) -> list[int]:
     """The ids of this machine's processes that are ranks of the run."""
     found = []
     for row in status.read(run_dir):
         line = Path(f"/proc/{row['pid']}/cmdline")
+        is_here = row["host"] == socket.gethostname() and config.owns(row["rank"])
         with contextlib.suppress(OSError):
-            if row["host"] == socket.gethostname() and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
+            if is_here and os.fsencode(run_dir) in line.read_bytes().split(b"\0"):
                 found.append(row["pid"])
     return found
+
+
+def _sign_of_life(run_dir: Path) -> float:
+    """When rank 0 last took a step."""
+    path = run_dir / "logs" / "rank-00000.json"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _patience(run_dir: Path) -> float:
@@ -276,93 +309,20 @@ def preflight(config: LaunchConfig, run_dir: Path | None = None) -> None:
         ValueError: with a line for each host that cannot.
     """
     if config.multi_host:
-        check_hosts(list(config.slots), run_dir)
-
-
-def command(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts the ranks of `run_dir` (absolute), and the environment to start it in.
-
-    Raises:
-        ValueError: a path or variable that a shell on a host would change, or a secret in `config.env`.
-    """
-    if config.multi_host:
-        return _deepspeed(config, run_dir)
-    head, ranks = next(iter(config.slots.items()))
-    num_hosts = len(config.slots)
-    argv = [sys.executable, "-m", "torch.distributed.run"]
-    argv += [f"--nnodes={num_hosts}", f"--nproc-per-node={ranks}"]
-    if config.launcher == "slurm":
-        tasks = [f"--nodes={num_hosts}", f"--ntasks={num_hosts}", "--ntasks-per-node=1"]
-        argv = ["srun", *tasks, "--kill-on-bad-exit=1", *argv, "--rdzv-backend=c10d"]
-        argv += [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={head}:{config.master_port}"]
-    elif config.master_port is None:
-        argv += ["--standalone"]
-    else:
-        argv += ["--master-addr=127.0.0.1", f"--master-port={config.master_port}"]
-    argv += ["-m", *_rank(config, run_dir)]
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    env = {"OMP_NUM_THREADS": str(threads), **os.environ, **config.env}
-    if config.launcher == "slurm":
-        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # srun signals torchrun; ranks need time to save
-    return argv, env | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def exports(config: LaunchConfig) -> dict[str, str]:
-    """The variables that hosts get through DeepSpeed.
-
-    Raises:
-        ValueError: a secret in `config.env`, or a value that a shell on a host would change.
-    """
-    for name in config.env:
-        if SECRET.search(name):
-            raise ValueError(f"env: {name} would be in command lines on every host; keep it in a file there")
-    ambient = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and not SECRET.search(k)}
-    variables = {"PYTHONPATH": "", **ambient, **config.env, "PYTHONSAFEPATH": "1"}
-    allowed = QUOTED if config.launcher == "pdsh" else PLAIN
-    for name, value in variables.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError(f"env: {name!r} is no name for a variable")
-        if not allowed.fullmatch(value):
-            raise ValueError(
-                f"{config.launcher} cannot carry {name}={value} to a host unchanged; unset or change it"
-            )
-    if config.launcher == "openmpi":
-        return variables | {"MASTER_ADDR": next(iter(config.slots)), "MASTER_PORT": str(config.master_port)}
-    return variables
-
-
-def _deepspeed(config: LaunchConfig, run_dir: Path) -> tuple[list[str], dict[str, str]]:
-    for path in (str(run_dir), os.getcwd(), sys.executable):
-        if not PLAIN.fullmatch(path):
-            raise ValueError(
-                f"{path} is read by a shell on every host; rename it to letters, digits and @+=:,./-_"
-            )
-    exports(config)
-    logs = run_dir / "logs"
-    argv = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={logs / 'hostfile'}"]
-    argv += [f"--launcher={config.launcher}", "--force_multi", "--no_ssh_check", "--no_local_rank"]
-    argv += [f"--master_addr={next(iter(config.slots))}", f"--master_port={config.master_port}"]
-    if config.launcher == "openmpi":
-        argv += ["--launcher_args=--bind-to none"]  # mpirun would tie each rank to one core
-    argv += ["--module", *_rank(config, run_dir)]
-    env = {k: v for k, v in os.environ.items() if not SECRET.search(k)}
-    if config.launcher == "pdsh":  # or ssh would wait for hours for a host whose link is cut
-        alive = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
-        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {alive}".strip()
-    return argv, env | {"DS_ENV_FILE": str(logs / "launch.env"), "PYTHONSAFEPATH": "1"}
-
-
-def _rank(config: LaunchConfig, run_dir: Path) -> list[str]:
-    return ["brumby.launch.rank", config.module, str(run_dir)]
+        check_hosts([*config.slots, *config.spares], run_dir)
+    elif config.launcher == "slurm" and run_dir is not None:
+        argv = [*srun(config), "test", "-r", str(run_dir / "config.yaml")]
+        if not _quietly(argv):
+            raise ValueError(f"{shlex.join(argv)} failed; runs need a filesystem that all nodes share")
 
 
 def _interrupt(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> bool:
-    """Send SIGTERM to rank 0; False while there is none. The ranks decide together: one signal is enough."""
+    """Send SIGTERM to a rank; False while there is none. The ranks decide together: one signal is enough."""
     if config.launcher == "slurm":  # srun hands it to torchrun, which hands it to every rank
         os.killpg(launcher.pid, signal.SIGTERM)
         return True
     argv = ssh(next(iter(config.slots))) if config.multi_host else ["sh", "-c"]
-    return _quietly([*argv, _kill(logs / "rank-0.pid")])
+    return _quietly([*argv, _kill(logs / f"rank-{config.first_rank}.pid")])
 
 
 def _end(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> None:
@@ -372,8 +332,9 @@ def _end(config: LaunchConfig, logs: Path, launcher: subprocess.Popen) -> None:
     pattern that fits every other run as well, so the signal is kept from it.
     """
     if config.launcher == "pdsh":
-        pid_file = logs / "host-%n.pid"  # pdsh replaces %n by the host's index
-        _quietly(["pdsh", "-R", "ssh", "-f", "1024", "-w", ",".join(config.slots), _kill(pid_file)])
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            for index, host in enumerate(config.slots):
+                pool.submit(_quietly, [*ssh(host), _kill(logs / f"host-{index}.pid")])
     else:
         os.killpg(launcher.pid, signal.SIGTERM)
 
@@ -389,6 +350,18 @@ def _quietly(argv: list[str]) -> bool:
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0
     except subprocess.TimeoutExpired:
         return False
+
+
+def _place_among_nodes() -> tuple[int, int]:
+    """How many nodes there are and which one this is, by torchrun's variables; one without them."""
+    if "PET_NNODES" not in os.environ:
+        return 1, 0
+    nodes, rank = os.environ["PET_NNODES"], os.environ.get("PET_NODE_RANK", "0")
+    if not (nodes.isdecimal() and rank.isdecimal() and int(rank) < int(nodes)):
+        raise ValueError(f"PET_NNODES is {nodes!r} and PET_NODE_RANK {rank!r}; expected numbers, ranks from 0 on")
+    if int(nodes) > 1 and "PET_MASTER_ADDR" not in os.environ:
+        raise ValueError("PET_NNODES is set and PET_MASTER_ADDR is not; it names the node of rank 0")
+    return int(nodes), int(rank)
 
 
 def _num_devices() -> int:

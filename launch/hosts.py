@@ -87,7 +87,7 @@ def check_hosts(hosts: list[str], run_dir: Path | None) -> None:
 def ssh(host: str) -> list[str]:
     """How a command on `host` starts; the options in PDSH_SSH_ARGS_APPEND hold here as they do for pdsh."""
     options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *options, host]
+    return ["ssh", *options, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host]
 
 
 def _problem(host: str, run_dir: Path | None) -> str | None:

@@ -30,8 +30,8 @@ def main(module: str, run_dir: str) -> None:
         os.dup2(descriptor, 2)
     if os.environ["LOCAL_RANK"] == "0" and "CROSS_RANK" in os.environ:  # the host's index, from DeepSpeed
         (logs / f"host-{os.environ['CROSS_RANK']}.pid").write_text(f"{os.getppid()}\n")
-    if os.environ["RANK"] == "0":
-        (logs / "rank-0.pid").write_text(f"{os.getpid()}\n")
+    if os.environ["LOCAL_RANK"] == "0":
+        (logs / f"rank-{os.environ['RANK']}.pid").write_text(f"{os.getpid()}\n")
     sys.argv = [module, run_dir]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

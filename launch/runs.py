@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,8 +12,9 @@ from safetensors import safe_open
 
 from brumby.data import Batches, check_divisible, load_tokenizer, schedule
 from brumby.train import config as run_config
-from brumby.train.checkpoint import completed, problems, step_of
+from brumby.train.checkpoint import problems
 from brumby.train.config import RunConfig
+from brumby.train.status import completed, step_of
 
 
 def create_or_resume(config: DictConfig, num_ranks: int) -> Path:
@@ -34,6 +36,23 @@ def create_or_resume(config: DictConfig, num_ranks: int) -> Path:
     check(run, num_ranks)
     check_space(run)
     return create(run)
+
+
+def await_run(config: DictConfig) -> Path:
+    """The run directory that the first node makes of the same `config`, or resumes.
+
+    Raises:
+        ValueError: it does not come within five minutes.
+    """
+    run_dir = Path(config.resume or f"{config.runs_dir}/{config.name}")
+    deadline = time.monotonic() + 300
+    while not (run_dir / "config.yaml").is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{run_dir} is not there; either the first node refused it, or not all share its folder"
+            )
+        time.sleep(0.5)
+    return run_dir
 
 
 def check(run: RunConfig, num_ranks: int) -> None:

@@ -1,11 +1,13 @@
 """Small real things that several folders' tests share: a converted model, token shards, run configurations."""
 
+import functools
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ import torch
 # come before any import of brumby.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# For ranks that run a module of this folder.
+WITH_TESTS = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 TEXT = "a state of constant size keeps what softmax attention would keep of every token it has seen so far"
 WORDS = TEXT.split()
@@ -72,23 +77,23 @@ def tiny_data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return data
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def long_data(tiny_data: dict) -> dict:
     """The same through 60 steps, for runs that are interrupted on the way."""
     phases = {name: phase | {"tokens": 20 * 256} for name, phase in tiny_data["phases"].items()}
     return tiny_data | {"phases": phases}
 
 
-@pytest.fixture
-def make_run(tiny_model: Path, tiny_data: dict, tmp_path: Path):
-    """Make a run directory; keywords override fields of its configuration."""
+@pytest.fixture(scope="session")
+def make_run_in(tiny_model: Path, tiny_data: dict) -> Callable[..., Path]:
+    """Make a run directory in a folder; keywords override fields of its configuration."""
     from brumby.launch import runs
     from brumby.train import config as run_config
 
-    def make(name: str = "run", **changes) -> Path:
+    def make(folder: Path, name: str = "run", **changes) -> Path:
         values = {
             "name": name,
-            "runs_dir": str(tmp_path),
+            "runs_dir": str(folder),
             "model": str(tiny_model),
             "data": tiny_data,
             "precision": "fp32",
@@ -105,13 +110,37 @@ def make_run(tiny_model: Path, tiny_data: dict, tmp_path: Path):
     return make
 
 
+@pytest.fixture
+def make_run(make_run_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    return functools.partial(make_run_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(make_run_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run that two ranks have trained undisturbed, with all its checkpoints: once in a session for each
+    configuration. It is for looking at only."""
+    runs: dict[str, Path] = {}
+
+    def run(**changes) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in runs:
+            run_dir = make_run_in(tmp_path_factory.mktemp("trained"), **{"keep_checkpoints": 12, **changes})
+            train(run_dir, num_ranks=2)
+            runs[key] = run_dir
+        return runs[key]
+
+    return run
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess.Popen:
+def start_ranks(
+    run_dir: Path, num_ranks: int, module: str = "brumby.train", **environment: str
+) -> subprocess.Popen:
     """Start the ranks of a run with torchrun, as `brumby launch` does on one machine."""
     words = [
         "-m",
@@ -122,7 +151,7 @@ def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess
         str(num_ranks),
     ]
     return subprocess.Popen(
-        [sys.executable, *words, "-m", "brumby.train", str(run_dir)],
+        [sys.executable, *words, "-m", module, str(run_dir)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -130,14 +159,9 @@ def start_ranks(run_dir: Path, num_ranks: int, **environment: str) -> subprocess
     )
 
 
-@pytest.fixture
-def train():
-    """Train a run to its end with some ranks; the output, or a failure that shows it."""
-
-    def run(run_dir: Path, num_ranks: int = 1, expected: int = 0, **environment: str) -> str:
-        process = start_ranks(run_dir, num_ranks, **environment)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == expected, output
-        return output
-
-    return run
+def train(run_dir: Path, num_ranks: int = 1, expected: int = 0, **options: str) -> str:
+    """Train a run with some ranks; their output, or a failure that shows it."""
+    process = start_ranks(run_dir, num_ranks, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, output
+    return output

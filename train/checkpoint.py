@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import threading
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from brumby.convert.files import sync
 from brumby.convert.pieces import MANIFEST, PiecesReader, file_name, manifest, problem, write
 from brumby.train import partition
 from brumby.train.config import RunConfig
+from brumby.train.status import completed, step_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -32,16 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MARGIN = 1.02  # of the bytes a checkpoint needs: headers, manifest, the file system's own
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def completed(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first. Unfinished ones have another name and are not among them."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if re.fullmatch(r"step-\d+", f.name)), key=step_of)
 
 
 def problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
@@ -76,9 +66,6 @@ class Checkpoints:
         self.folder = config.run_dir / "checkpoints"
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.pieces = partition.pieces(engine)
-        if engine.zero_optimization_stage() == 0:
-            shares = [partition.share(piece, self.rank, self.world_size) for piece in self.pieces]
-            self.pieces = [share for share in shares if len(share.tensors["weight"])]
         self.host: dict[str, Tensor] = {}
         self.state: dict | None = None  # of the checkpoint being written
         self.writer: threading.Thread | None = None
@@ -189,7 +176,8 @@ class Checkpoints:
         return state
 
     def _too_little_space(self) -> str | None:
-        needed = torch.tensor(sum(t.nbytes for p in self.pieces for t in p.tensors.values()), device=self.device)
+        elements = sum(len(tensor) for piece in self.pieces for tensor in piece.tensors.values())
+        needed = torch.tensor(4 * elements, device=self.device)
         dist.all_reduce(needed)
         found: list[str | None] = [None]
         if self.rank == 0:

@@ -33,6 +33,8 @@ def setup_distributed() -> torch.device:
         device = torch.device("cpu")
     # Saves a minute of compiling at the first start on a CPU, where gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It imports Muon to ask whether the optimizer is one, which would load a compiler: three seconds a rank.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -41,8 +43,9 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
     rows = schedule(config.data)[0].sequences_per_step  # the trainer sets it anew with the phase
     accumulation = rows // (config.micro_batch * world_size)
     zero: dict = {"stage": config.zero_stage if train or config.zero_stage == 3 else 0}
-    if not torch.cuda.is_available():  # the default buckets would hold a small model's gradients a second time
+    if not torch.cuda.is_available():  # where models are small; the defaults would hold them whole, or twice
         zero |= {"reduce_bucket_size": 2**25, "allgather_bucket_size": 2**25}
+        zero |= {"stage3_param_persistence_threshold": 2**9}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
@@ -58,12 +61,14 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Matrices with weight decay, vectors without, gates without and at their own rate.
+    """What is trained: matrices with weight decay, vectors without, gates without and at their own rate.
 
     `peak_lr` is the group's learning rate at the top of the schedule.
     """
     matrices, vectors, gates = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if ".g_proj." in name:
             gates.append(parameter)
         elif name.endswith(".bias") or "norm." in name:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps what it trains: the pieces of float32 weights and AdamW moments on this rank.
+"""Where DeepSpeed keeps a model: the pieces of float32 weights and AdamW moments on this rank.
 
 ZeRO flattens a group's parameters and cuts the result into a part a rank (stages 1, 2), or cuts every parameter
 (stage 3); stage 0 keeps all on each. Here these are views by parameter name, so that a checkpoint looks the same
@@ -19,20 +19,39 @@ if TYPE_CHECKING:
 
 
 def pieces(engine: "DeepSpeedEngine") -> list[Piece]:
-    """All that this rank's optimizer updates, as views.
+    """What this rank is to save of the model: all ranks' together are every element once, as views."""
+    stage = engine.zero_optimization_stage()
+    apart = (trained(engine) if stage > 0 else []) + (frozen(engine) if stage == 3 else [])
+    whole = (trained(engine) if stage == 0 else []) + (frozen(engine) if stage < 3 else [])
+    found = apart + [share(piece, dist.get_rank(), dist.get_world_size()) for piece in whole]
+    return [piece for piece in found if len(piece.tensors["weight"])]
 
-    Raises:
-        ValueError: a parameter is not trained; checkpoints hold trained ones only.
-    """
+
+def trained(engine: "DeepSpeedEngine") -> list[Piece]:
+    """All that this rank's optimizer updates, as views."""
     found = []
     for name, parameter in named_parameters(engine):
         if not parameter.requires_grad:
-            raise ValueError(f"{name} is frozen; checkpoints of frozen parameters are not supported")
+            continue
         for start, flat, offset, length in _places(engine, parameter):
             state = _state(engine, flat)
             whole = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             parts = {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in whole.items()}
             found.append(Piece(name, start, parts))
+    return found
+
+
+def frozen(engine: "DeepSpeedEngine") -> list[Piece]:
+    """What this rank has of the parameters that are not trained, as views: all of them but under ZeRO-3."""
+    found = []
+    for name, parameter in named_parameters(engine):
+        if parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() == 3:
+            part, (start, length) = parameter.ds_tensor, _part(parameter)  # type: ignore[attr-defined]
+            found.append(Piece(name, start, {"weight": part[:length]}))
+        else:
+            found.append(Piece(name, 0, {"weight": parameter.detach().view(-1)}))
     return found
 
 
@@ -67,7 +86,7 @@ def restore(engine: "DeepSpeedEngine", reader: PiecesReader, updates: int) -> No
     """
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.checkpoint_event_prologue()  # all parameters back in parts
-    for piece in pieces(engine):
+    for piece in trained(engine) + frozen(engine):
         for kind, tensor in piece.tensors.items():
             tensor.copy_(reader.read(kind, piece.name, piece.start, len(tensor)))
     for state in engine.basic_optimizer.state.values():
@@ -96,9 +115,8 @@ def _places(engine: "DeepSpeedEngine", parameter: Any) -> Iterator[tuple[int, Te
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = parameter.ds_tensor.ds_numel * dist.get_rank()
-        length = min(length, parameter.ds_numel - start)  # the last part is padded
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start, length = _part(parameter)
         if length > 0:
             yield start, optimizer.fp32_partitioned_groups_flat[group], offset, length
     elif stage > 0:
@@ -115,6 +133,12 @@ def _places(engine: "DeepSpeedEngine", parameter: Any) -> Iterator[tuple[int, Te
                     yield 0, master, 0, master.numel()
     else:
         yield 0, parameter, 0, parameter.numel()
+
+
+def _part(parameter: Any) -> tuple[int, int]:
+    """Where this rank's part of a parameter begins under ZeRO-3, and its length; the last one is padded."""
+    start = parameter.ds_tensor.ds_numel * dist.get_rank()
+    return start, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
 
 
 def _state(engine: "DeepSpeedEngine", flat: Tensor) -> dict[str, Tensor]:

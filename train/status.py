@@ -1,8 +1,9 @@
-"""What becomes of each rank, for whoever started it: `logs/rank-K.json`."""
+"""What a run shows whoever started it: its checkpoints, and what becomes of each rank (`logs/rank-K.json`)."""
 
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -11,6 +12,16 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 130
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def completed(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first. Unfinished ones have another name and are not among them."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if re.fullmatch(r"step-\d+", f.name)), key=step_of)
 
 
 class Status:

@@ -30,6 +30,8 @@ from brumby.train.tracking import MetricsFile, Wandb, read_metrics
 
 log = logging.getLogger(__name__)
 
+DRAW_SECONDS = 60.0  # between two pictures of a run: one takes half a second
+
 
 class Trainer:
     """One rank of a run. `fit` trains from the newest checkpoint, or from the converted model, to the end.
@@ -109,13 +111,14 @@ class Trainer:
                     before = time.monotonic()
                     self.checkpoints.save(self.state(step, before - started))
                     self.checkpoint_seconds = time.monotonic() - before
-                    if recorder is not None:
-                        recorder.draw()
                 if self.stop_requested:
                     break
             self.checkpoints.wait()
             if self.checkpoints.error is not None:
                 raise RuntimeError(f"the checkpoint of step {step} is not written: {self.checkpoints.error}")
+        except DivergenceError:  # on all ranks alike
+            self.checkpoints.wait()
+            raise
         finally:
             if recorder is not None:
                 recorder.close(time.monotonic() - started, self.device)
@@ -285,6 +288,7 @@ class Recorder:
         self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
         self.wandb = Wandb(config, {"world_size": world_size})
         self.terminal = LiveLog().__enter__()
+        self.drawn = time.monotonic()
         measured = [r["base_loss"] for r in read_metrics(config.run_dir / "metrics.jsonl") if r["base_loss"]]
         self.last_base_loss: float | None = measured[-1] if measured else None
         for name, epochs in batches.epochs.items():
@@ -296,9 +300,12 @@ class Recorder:
         self.wandb.log(row)
         self.last_base_loss = row["base_loss"] or self.last_base_loss
         self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
+        if time.monotonic() - self.drawn > DRAW_SECONDS:
+            self.draw()
 
     def draw(self) -> list[dict]:
         """Draw `loss.png` from the rows so far, if the disk has space; returns them."""
+        self.drawn = time.monotonic()
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
         starts = [(phase.name, phase.first_token) for phase in self.batches.phases]

@@ -1,6 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name=brumby
 #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8
+#SBATCH --exclusive --mem=0    # all cores and all memory of each node
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300   # five minutes before the time is up
 #SBATCH --requeue --open-mode=append

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {"ip": "iproute2", "pdsh": "pdsh", "ssh": "openssh-client", "sshd": "openssh-server"}
+QUICK = "-o ConnectTimeout=2 -o ServerAliveInterval=4 -o ServerAliveCountMax=3"  # the first of each counts for ssh
 SYSTEM_PATH = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -28,6 +29,16 @@ def wait_for(*paths: Path, seconds: float = 60) -> None:
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, f"not all of {paths} after {seconds} s"
         time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def elastic(long_data: dict) -> dict:
+    """Options of a run of 40 steps that one, two or three ranks can train, with losses that agree.
+
+    At the other tests' rate a difference in the seventh digit grows tenfold a step, without any resume.
+    """
+    rates = {"lr": 5e-4, "gate_lr": 5e-4}
+    return {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "optimizer": rates, "zero_stage": 2}
 
 
 @dataclass
@@ -68,6 +79,12 @@ class TwoHosts:
         words = [line.read_bytes().replace(b"\0", b" ").decode() for line in lines if line.exists()]
         return [line for line in words if "sshd" not in line]
 
+    def end_processes(self, host: int) -> None:
+        """All of the host's, its sshd too."""
+        while pids := self._ip("netns", "pids", self.namespaces[host]).split():
+            subprocess.run(["kill", "-KILL", *pids], stderr=subprocess.DEVNULL)
+            time.sleep(0.1)
+
     @staticmethod
     def _ip(*arguments: str) -> str:
         return subprocess.run(
@@ -91,7 +108,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         env={
             **os.environ,
             "PATH": SYSTEM_PATH,
-            "PDSH_SSH_ARGS_APPEND": f"-F {folder / 'ssh_config'}",
+            "PDSH_SSH_ARGS_APPEND": f"-F {folder / 'ssh_config'} {QUICK}",
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
             "OMPI_MCA_plm_rsh_args": f"-F {folder / 'ssh_config'}",
@@ -110,8 +127,8 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         servers = [_serve_ssh(hosts, host, folder) for host in range(2)]
         yield hosts
     finally:
-        for namespace in hosts.namespaces:
-            _end_processes(hosts, namespace)
+        for host in range(2):
+            hosts.end_processes(host)
         for server in servers:
             server.wait(timeout=10)
         for namespace in hosts.namespaces:
@@ -160,14 +177,3 @@ def _serve_ssh(hosts: TwoHosts, host: int, folder: Path) -> subprocess.Popen:
         if time.monotonic() > deadline or server.poll() is not None:
             raise RuntimeError((folder / f"sshd_{host}.log").read_text())
     return server
-
-
-def _end_processes(hosts: TwoHosts, namespace: str) -> None:
-    for signal in ("TERM", "KILL"):
-        pids = subprocess.run(
-            ["ip", "netns", "pids", namespace], env=hosts.env, capture_output=True, text=True
-        ).stdout.split()
-        if not pids:
-            return
-        subprocess.run(["kill", f"-{signal}", *pids], stderr=subprocess.DEVNULL)
-        time.sleep(0.5)

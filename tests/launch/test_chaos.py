@@ -44,7 +44,7 @@ def accidents(seed: int) -> list[dict]:
 def test_accidents(make_run, long_data, capsys, seed):
     rng = random.Random(100 + seed)
     precision = "bf16" if seed % 2 == 0 else "fp32"
-    options = {"data": long_data, "step_timeout": 25, "zero_stage": 3 - seed % 3, "precision": precision}
+    options = {"data": long_data, "step_timeout": 15, "zero_stage": 3 - seed % 3, "precision": precision}
     faults = accidents(seed)
     bad_batch = {"kind": "nan", "rank": rng.randrange(2), "step": rng.randrange(60)}
     undisturbed, run_dir = make_run("undisturbed", **options), make_run("disturbed", **options)

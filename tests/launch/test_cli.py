@@ -20,9 +20,9 @@ from brumby.train.schedule import lr_ratio
 EXPERIMENTS = sorted(f.stem for f in (Path(brumby.configs.__file__).parent / "experiment").glob("*.yaml"))
 
 
-def brumby_command(*words: str, **options) -> subprocess.CompletedProcess:
+def brumby_command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "brumby.launch.cli", *words], capture_output=True, text=True, timeout=300, **options
+        [sys.executable, "-m", "brumby.launch.cli", *words], capture_output=True, text=True, timeout=300
     )
 
 
@@ -32,6 +32,7 @@ def test_every_experiment_composes_and_validates(experiment, command):
     composed = cli.compose(command, [f"experiment={experiment}"])
     for name in (
         "hosts",
+        "num_hosts",
         "launcher",
         "ranks_per_host",
         "master_port",
@@ -120,7 +121,7 @@ def test_bad_input_says_what_is_wrong_and_exits_with_2(words, message, capsys, t
 
 
 @pytest.mark.slow
-def test_from_text_to_text(tiny_model, tmp_path):
+def test_from_text_to_text(tiny_model, tmp_path, monkeypatch, capsys):
     """prepare, launch on two ranks, resume of a finished run, export, generate: by their commands."""
     (tmp_path / "text.jsonl").write_text(
         "\n".join(json.dumps({"text": f"a state of size {i}"}) for i in range(300))
@@ -141,30 +142,28 @@ data:
   phases: {{encyclopedia: {{tokens: 256}}, code: {{tokens: 256}}, mathematics: {{tokens: 256}}}}
 """
     )
+    monkeypatch.chdir(tmp_path)
     experiment = ["experiment=mine", "--config-dir", "."]
 
     def done(*words: str) -> str:
-        result = brumby_command(*words, cwd=tmp_path)
+        result = brumby_command(*words)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    assert brumby_command("launch", *experiment, cwd=tmp_path).returncode == 2  # not prepared
+    def refused(*words: str) -> str:
+        assert cli.main(list(words)) == 2
+        return capsys.readouterr().err
+
+    assert "brumby prepare" in refused("launch", *experiment)
     done("prepare", *experiment)
-    early = brumby_command("launch", *experiment, "ranks_per_host=3", cwd=tmp_path)
-    assert early.returncode == 2
-    assert "sequences_per_step is 4" in early.stderr
+    assert "sequences_per_step is 4" in refused("launch", *experiment, "ranks_per_host=3")
     assert not (tmp_path / "runs").exists()
     shown = done("launch", *experiment, "ranks_per_host=2")
     assert "step 6/6  phase mathematics" in shown
     assert json.loads((tmp_path / "runs/mine/summary.json").read_text())["steps"] == 6
-    again = brumby_command("launch", *experiment, "ranks_per_host=2", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "go on with `resume=runs/mine`" in again.stderr
+    assert "go on with `resume=runs/mine`" in refused("launch", *experiment, "ranks_per_host=2")
     done("launch", "resume=runs/mine", "ranks_per_host=2")
-    assert (
-        "no checkpoint of step 5; it has 6"
-        in brumby_command("export", "run=runs/mine", "out=model", "step=5", cwd=tmp_path).stderr
-    )
+    assert "no checkpoint of step 5; it has 6" in refused("export", "run=runs/mine", "out=model", "step=5")
     done("export", "run=runs/mine", "out=model")
     text = done("generate", "model=model", "prompt=a state", "max_new_tokens=8")
     assert text.startswith("a state")

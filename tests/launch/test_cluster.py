@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from brumby.launch import cluster
-from brumby.launch.cluster import LaunchConfig, command, launch
+from brumby.launch.cluster import LaunchConfig, launch
+from brumby.launch.commands import PASSED_ON, command
+from brumby.launch.examine import Finding, examine
 from brumby.launch.hosts import expand_nodelist, parse_hostfile
 from tests.launch.conftest import wait_for
 
@@ -29,7 +31,7 @@ sys.exit(launch(LaunchConfig(launcher="torchrun", ranks_per_host=2, module="stan
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("SLURM_", "WANDB_", *cluster.PASSED_ON)):
+        if name.startswith(("SLURM_", "WANDB_", *PASSED_ON)):
             monkeypatch.delenv(name)
 
 
@@ -134,6 +136,13 @@ class TestConfig:
         config = LaunchConfig(ranks_per_host=8)
         assert (config.launcher, config.num_ranks) == ("slurm", 32)
 
+    def test_hosts_beyond_num_hosts_are_spare(self, programs, hostfile):
+        programs(pdsh="", ssh="")
+        config = LaunchConfig(hosts=hostfile, num_hosts=1, ranks_per_host=8)
+        assert (config.slots, config.spares) == ({"node-1": 8}, {"node-2": 8})
+        with pytest.raises(ValueError, match="a spare host takes any other's place, so all need the same slots"):
+            LaunchConfig(hosts=hostfile, num_hosts=1)
+
     def test_this_machine_means_torchrun(self):
         config = LaunchConfig(ranks_per_host=2)
         assert (config.launcher, config.num_ranks) == ("torchrun", 2)
@@ -148,6 +157,7 @@ class TestConfig:
             ({"launcher": "openmpi"}, "launcher=openmpi needs hosts=HOSTFILE"),
             ({"launcher": "torchrun", "hosts": "hosts"}, "launcher=torchrun takes no hosts"),
             ({"launcher": "slurm"}, "inside an allocation"),
+            ({"num_hosts": 1}, "num_hosts needs hosts=HOSTFILE"),
         ],
     )
     def test_refuses(self, values, complaint):
@@ -159,6 +169,25 @@ class TestConfig:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(ValueError, match=f"there is no {program} on the PATH .apt-get install"):
             LaunchConfig(hosts=hostfile, launcher=launcher)
+
+    @pytest.mark.parametrize(
+        ("variables", "complaint"),
+        [
+            ({"PET_NNODES": "1:4"}, "PET_NNODES is '1:4'"),
+            ({"PET_NNODES": "4", "PET_NODE_RANK": "4"}, "PET_NODE_RANK '4'"),
+            ({"PET_NNODES": "4", "PET_NODE_RANK": "3"}, "PET_MASTER_ADDR is not"),
+        ],
+    )
+    def test_a_place_among_nodes_is_checked(self, monkeypatch, variables, complaint):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=re.escape(complaint)):
+            LaunchConfig(launcher="torchrun", ranks_per_host=8)
+        monkeypatch.setenv("PET_NNODES", "4")
+        monkeypatch.setenv("PET_NODE_RANK", "3")
+        monkeypatch.setenv("PET_MASTER_ADDR", "a")
+        config = LaunchConfig(launcher="torchrun", ranks_per_host=8)
+        assert (config.num_ranks, config.first_rank) == (32, 24)
 
 
 class TestCommand:
@@ -183,11 +212,12 @@ class TestCommand:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-03]")
         argv, _ = command(LaunchConfig(ranks_per_host=8, master_port=29511), Path("/runs/a b"))
-        assert argv[:6] == [
+        assert argv[:7] == [
             "srun",
             "--nodes=3",
             "--ntasks=3",
             "--ntasks-per-node=1",
+            "--cpu-bind=none",
             "--kill-on-bad-exit=1",
             sys.executable,
         ]
@@ -279,7 +309,7 @@ class TestLaunch:
     @pytest.mark.slow
     @pytest.mark.parametrize(("num_signals", "grace"), [(2, 300), (1, 2)])
     def test_ranks_that_do_not_stop_are_ended(self, run_dir, tmp_path, num_signals, grace):
-        """By a second Ctrl-C, or when the time to save is over; torchrun kills what is left 30 s later."""
+        """By a second Ctrl-C, or when the time to save is over; torchrun kills what is left a little later."""
         (tmp_path / "stand_in.py").write_text(
             "import os, signal, sys, time; from pathlib import Path\n"
             "signal.signal(signal.SIGTERM, lambda number, frame: None)\n"
@@ -288,7 +318,10 @@ class TestLaunch:
         )
         program = LAUNCH_LOCAL.replace("ranks_per_host=2", f"ranks_per_host=2, grace={grace}")
         process = subprocess.Popen(
-            [sys.executable, "-c", program, str(run_dir)], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, str(run_dir)],
+            env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         ready = [run_dir / "ready-0", run_dir / "ready-1"]
         wait_for(*ready)
@@ -328,6 +361,43 @@ class TestLaunch:
         written = [path for path in run_dir.rglob("*") if path.is_file()]
         assert run_dir / "logs" / "launch.log" in written
         assert [path for path in written if KEY in path.read_text()] == []
+
+    def test_a_host_with_a_broken_gpu_is_replaced_or_left_out(self, programs, tmp_path, run_dir, monkeypatch):
+        programs(pdsh="", ssh="")
+        (tmp_path / "hostfile").write_text("a slots=2\nb slots=2\nc slots=2\n")
+        config = LaunchConfig(hosts=str(tmp_path / "hostfile"), num_hosts=2, min_hosts=1)
+        broken = {"a"}
+        monkeypatch.setattr(
+            cluster,
+            "examine",
+            lambda *_: [Finding(host, "GPU 0", "computes a wrong product", "x") for host in broken],
+        )
+        assert cluster._wait_for_hosts(config, run_dir)
+        assert (config.slots, config.spares) == ({"c": 2, "b": 2}, {})
+        broken.add("b")
+        assert cluster._wait_for_hosts(config, run_dir)
+        assert (config.slots, config.spares) == ({"c": 2}, {})
+        broken.add("c")
+        assert not cluster._wait_for_hosts(config, run_dir)
+
+    def test_slurm_nodes_must_see_the_run(self, programs, run_dir, monkeypatch):
+        programs(srun="exit 1")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+        with pytest.raises(
+            ValueError, match=r"test -r .*config.yaml failed; runs need a filesystem that all nodes"
+        ):
+            launch(LaunchConfig(ranks_per_host=2), run_dir)
+        assert not (run_dir / "logs").exists()
+
+    @pytest.mark.slow
+    def test_slurm_nodes_are_examined(self, programs, run_dir, monkeypatch):
+        programs(srun=f'while [ "${{1#--}}" != "$1" ]; do echo "$1" >>{run_dir}/options; shift; done; exec "$@"')
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+        findings = examine(LaunchConfig(ranks_per_host=2), ["/nowhere"])
+        assert [f.host for f in findings if f.found == "not there"] == ["gpu1", "gpu2"]
+        assert {"--nodelist=gpu1", "--nodelist=gpu2"} <= set((run_dir / "options").read_text().splitlines())
 
     def test_unready_hosts_are_named(self, programs, hostfile, run_dir):
         programs(

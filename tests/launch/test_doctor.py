@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from brumby.launch.doctor import _compared, _own, require
+from brumby.launch.doctor import require
+from brumby.launch.examine import _compared, _own
 from brumby.launch.probe import probe
 
 GPU = {"name": "NVIDIA H100", "free_bytes": 80e9, "total_bytes": 85e9, "tiles": "h100", "problem": None}
@@ -40,6 +41,7 @@ def test_a_machine_as_it_should_be(answer):
         ({"gpus": [GPU | {"problem": "computes a wrong product"}, GPU]}, "GPU 0", "replace the GPU"),
         ({"driver": [DRIVER, {"ecc.errors.uncorrected.volatile.total": "3"}]}, "GPU 1", "take the host out"),
         ({"gpus": []}, "GPUs", "install PyTorch for this CUDA"),
+        ({"gpus": [], "driver": []}, "GPUs", "other hosts have some"),
         ({"compiler": None}, "compiler", r"apt-get install g\+\+"),
         ({"headers": False}, "Python.h", "python3-dev"),
     ],

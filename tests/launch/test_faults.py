@@ -19,10 +19,11 @@ from brumby.convert.pieces import KINDS, PiecesReader, manifest
 from brumby.data import Batches
 from brumby.launch.runs import create_or_resume, find_checkpoint
 from brumby.model import BrumbyForCausalLM
-from brumby.train.checkpoint import completed, step_of
 from brumby.train.config import load
 from brumby.train.objective import CrossEntropy
+from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
+from tests.conftest import WITH_TESTS
 from tests.launch.conftest import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -43,7 +44,7 @@ def start(run_dir: Path, faults: list[dict], ranks: int = 2, env: dict | None = 
     (run_dir / "faults.json").write_text(json.dumps(faults))
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(run_dir), str(ranks)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | {"PYTHONPATH": WITH_TESTS, "OMP_NUM_THREADS": "1"} | (env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -82,11 +83,10 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(make_run, long_data):
+def test_training_goes_on_while_a_checkpoint_is_written(make_run, trained, long_data):
     """The weights in it are those of its step, though many steps pass before they are on the disk."""
-    options = {"data": long_data, "checkpoint_every": 10, "keep_checkpoints": 9}
-    undisturbed, run_dir = make_run("undisturbed", **options), make_run("slow", **options)
-    launch(undisturbed, [])
+    options = {"data": long_data, "zero_stage": 2}
+    undisturbed, run_dir = trained(**options), make_run(**options, checkpoint_every=10, keep_checkpoints=9)
     launch(run_dir, [{"kind": "slow_write", "rank": 1, "step": 9}])
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert rows[10]["checkpoint_seconds"] < 1.0
@@ -99,11 +99,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_run, long_data):
     assert_same(run_dir, undisturbed)
 
 
-def test_ranks_that_outlive_their_launcher_are_ended(make_run, long_data):
+def test_ranks_that_outlive_their_launcher_are_ended(make_run, trained, long_data):
     """And nobody else may train the run meanwhile."""
-    options = {"data": long_data, "zero_stage": 3}
-    undisturbed, run_dir = make_run("undisturbed", **options), make_run("disturbed", **options)
-    launch(undisturbed, [])
+    options = {"data": long_data, "zero_stage": 3, "precision": "bf16"}
+    undisturbed, run_dir = trained(**options), make_run(**options)
     process = start(run_dir, [{"kind": "hang", "rank": 1, "step": 7}])
     while len(losses(run_dir)) < 7 and process.poll() is None:
         time.sleep(0.02)
@@ -197,13 +196,10 @@ def test_ranks_that_differ_stop_the_run(make_run, zero_stage):
     assert [step_of(folder) for folder in completed(run_dir)] == [5]
 
 
-def test_other_ranks_and_stages_see_the_same_samples(make_run, long_data):
+def test_other_ranks_and_stages_see_the_same_samples(make_run, trained, elastic):
     """2 ranks under ZeRO-3, then 1 under ZeRO-1, 3 under ZeRO-0, 2 under ZeRO-2; stopped by signals on the way."""
-    options = {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "checkpoint_every": 100}
-    # At the other tests' rate a difference in the seventh digit grows tenfold a step, without any resume.
-    options["optimizer"] = {"lr": 5e-4, "gate_lr": 5e-4}
-    undisturbed, run_dir = make_run("undisturbed", **options), make_run("elastic", zero_stage=3, **options)
-    launch(undisturbed, [])
+    undisturbed = trained(**elastic)
+    run_dir = make_run(**elastic | {"zero_stage": 3}, checkpoint_every=100)
     stops = [
         {"kind": "signal", "name": "SIGTERM", "rank": 1, "step": 9},
         {"kind": "signal", "name": "SIGUSR1", "rank": 0, "step": 19},
@@ -247,12 +243,11 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_and_no_wandb(make_run, long_data, small_disk):
+def test_a_full_disk_and_no_wandb(make_run, trained, long_data, small_disk):
     """Full in the middle of the checkpoint of step 10 until step 22, and from step 52 until the run has failed."""
-    options = {"data": long_data, "zero_stage": 1}
-    undisturbed = make_run("undisturbed", **options)
-    launch(undisturbed, [])
-    run_dir = make_run("disturbed", runs_dir=str(small_disk), wandb={"mode": "online"}, **options)
+    options = {"data": long_data, "zero_stage": 2}
+    undisturbed = trained(**options)
+    run_dir = make_run(**options, runs_dir=str(small_disk), wandb={"mode": "online"})
     fill = [{"kind": "fill_disk", "rank": 0, "step": step} for step in (8, 52)]
     free = {"kind": "free_disk", "rank": 0, "step": 22}
     refusing = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}

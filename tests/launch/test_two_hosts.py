@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 LAUNCH = """
-import sys
+import json, sys
 from pathlib import Path
 from brumby.launch.cluster import LaunchConfig, launch
 
-hosts, launcher, module, run_dir, restarts = sys.argv[1:]
+hosts, module, run_dir, options = sys.argv[1:]
 try:
-    config = LaunchConfig(hosts=hosts, launcher=launcher, module=module, restarts=int(restarts), min_hosts=1)
+    config = LaunchConfig(hosts=hosts, module=module, **json.loads(options))
     code = launch(config, Path(run_dir))
 except ValueError as error:
     print(error)
@@ -70,16 +70,22 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def launch_command(
-    hosts: TwoHosts, run_dir: Path, program: str | None = None, launcher: str = "auto", restarts: int = 0
-) -> list[str]:
-    """A launch of `program`, or of the trainer, on both hosts."""
+def launch_command(hosts: TwoHosts, run_dir: Path, program: str | None = None, **options) -> list[str]:
+    """A launch of `program`, or of the trainer, on both hosts; `options` are LaunchConfig's."""
     module = "brumby.train"
     if program is not None:
         module = "stand_in"
         (run_dir.parent / "stand_in.py").write_text(program)
         hosts.env["PYTHONPATH"] = str(run_dir.parent)
-    return ["python", "-c", LAUNCH, str(hosts.hostfile), launcher, module, str(run_dir), str(restarts)]
+    options = {"restarts": 0, **options}
+    return ["python", "-c", LAUNCH, str(hosts.hostfile), module, str(run_dir), json.dumps(options)]
+
+
+def wait_for_steps(run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 90
+    while len(read_metrics(run_dir / "metrics.jsonl")) < steps:
+        assert time.monotonic() < deadline, (run_dir / "output").read_text()
+        time.sleep(0.02)
 
 
 def assert_clean(hosts: TwoHosts) -> None:
@@ -91,7 +97,7 @@ def assert_clean(hosts: TwoHosts) -> None:
 def test_two_hosts_all_reduce(two_hosts, run_dir, launcher):
     if launcher == "openmpi" and not shutil.which("mpirun"):
         missing("needs the package openmpi-bin")
-    command = launch_command(two_hosts, run_dir, ALL_REDUCE, launcher)
+    command = launch_command(two_hosts, run_dir, ALL_REDUCE, launcher=launcher)
     done = two_hosts.run(*command, WANDB_API_KEY=KEY)
     assert done.returncode == 0, done.stdout
     ranks = [json.loads((run_dir / f"rank-{rank}.json").read_text()) for rank in range(2)]
@@ -107,9 +113,8 @@ def test_two_hosts_all_reduce(two_hosts, run_dir, launcher):
     assert_clean(two_hosts)
 
 
-def test_two_hosts_train_as_one(two_hosts, make_run, train):
-    one, two = make_run("one"), make_run("two")
-    train(one, num_ranks=2)
+def test_two_hosts_train_as_one(two_hosts, make_run, trained):
+    one, two = trained(zero_stage=2), make_run(zero_stage=2)
     done = two_hosts.run(*launch_command(two_hosts, two))
     assert done.returncode == 0, done.stdout
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (one, two)]
@@ -144,19 +149,16 @@ def test_an_unreachable_host_stops_everything(two_hosts, run_dir):
     assert not (run_dir / "ready-0").exists()
 
 
-def test_a_run_outlives_a_cut_link(two_hosts, make_run, train, long_data):
+def test_a_run_outlives_a_cut_link(two_hosts, make_run, trained, long_data):
     """The ranks hang, end themselves on both hosts, and start again when the hosts see each other."""
-    options = {"data": long_data, "zero_stage": 2, "step_timeout": 20}
-    whole, run_dir = make_run("whole", **options), make_run("cut", **options)
-    train(whole, num_ranks=2)
+    options = {"data": long_data, "zero_stage": 2}
+    whole, run_dir = trained(**options), make_run(**options, step_timeout=12)
     command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=3))
     with (run_dir / "output").open("w") as output:
         process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 90
-    while len(read_metrics(run_dir / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_steps(run_dir, 7)
     two_hosts.wire("down")
-    time.sleep(40)
+    time.sleep(25)
     cut = len(read_metrics(run_dir / "metrics.jsonl"))
     two_hosts.wire("up")
     assert process.wait(timeout=200) == 0, (run_dir / "output").read_text()
@@ -166,19 +168,33 @@ def test_a_run_outlives_a_cut_link(two_hosts, make_run, train, long_data):
     assert_clean(two_hosts)
 
 
-def test_a_run_goes_on_with_the_host_that_is_left(two_hosts, make_run, train, long_data):
-    options = {"data": long_data, "zero_stage": 3, "step_timeout": 20, "optimizer": {"lr": 5e-4, "gate_lr": 5e-4}}
-    whole, run_dir = make_run("whole", **options), make_run("cut", **options)
-    train(whole, num_ranks=2)
-    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=1))
+def test_a_run_goes_on_with_the_host_that_is_left(two_hosts, make_run, trained, elastic):
+    whole, run_dir = trained(**elastic), make_run(**elastic | {"zero_stage": 3}, step_timeout=12)
+    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=1, min_hosts=1))
     with (run_dir / "output").open("w") as output:
         process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 90
-    while len(read_metrics(run_dir / "metrics.jsonl")) < 7 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_steps(run_dir, 7)
     two_hosts.wire("down")
     assert process.wait(timeout=280) == 0, (run_dir / "output").read_text()
     assert f"going on with {two_hosts.addresses[0]}\n" in (run_dir / "output").read_text()
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (run_dir, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_clean(two_hosts)
+
+
+def test_a_spare_host_takes_the_place_of_one_that_fails(two_hosts, make_run, trained, elastic):
+    """The run is on the second host alone, which fails with all that runs on it; the first one is spare."""
+    whole, run_dir = trained(**elastic), make_run(**elastic, step_timeout=10)
+    first, second = two_hosts.addresses
+    two_hosts.hostfile.write_text(f"{second} slots=1\n{first} slots=1\n")
+    command = two_hosts.command(*launch_command(two_hosts, run_dir, restarts=1, num_hosts=1))
+    with (run_dir / "output").open("w") as output:
+        process = subprocess.Popen(command, env=two_hosts.env, stdout=output, stderr=subprocess.STDOUT)
+    wait_for_steps(run_dir, 7)
+    two_hosts.end_processes(1)
+    assert process.wait(timeout=200) == 0, (run_dir / "output").read_text()
+    assert f"{second} is lost: " in (run_dir / "output").read_text()
+    assert f"going on with {first}\n" in (run_dir / "output").read_text()
     losses = [[row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (run_dir, whole)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert_clean(two_hosts)

@@ -13,7 +13,7 @@ import pytest
 from brumby.train import tracking
 from brumby.train.config import load
 from brumby.train.tracking import MetricsFile, Wandb, read_metrics
-from tests.conftest import start_ranks
+from tests.conftest import start_ranks, train
 
 KEY = "0" * 40
 
@@ -83,7 +83,7 @@ def server():
 
 
 @pytest.mark.slow
-def test_online_run_keeps_its_id_through_a_resume(make_run, train, long_data, server):
+def test_online_run_keeps_its_id_through_a_resume(make_run, long_data, server):
     run_dir = make_run(wandb={"mode": "auto", "project": "p"}, data=long_data)
     process = start_ranks(run_dir, 1, **server.environment)
     while len(read_metrics(run_dir / "metrics.jsonl")) < 5 and process.poll() is None:
@@ -106,7 +106,7 @@ def test_online_run_keeps_its_id_through_a_resume(make_run, train, long_data, se
 
 
 @pytest.mark.slow
-def test_a_server_that_refuses_does_not_stop_the_training(make_run, train):
+def test_a_server_that_refuses_does_not_stop_the_training(make_run):
     run_dir = make_run(wandb={"mode": "online"})
     refusing = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
     assert "wandb failed and is off" in train(run_dir, **refusing)
@@ -114,7 +114,7 @@ def test_a_server_that_refuses_does_not_stop_the_training(make_run, train):
 
 
 @pytest.mark.slow
-def test_offline_is_what_happens_without_a_key(make_run, train):
+def test_offline_is_what_happens_without_a_key(make_run):
     run_dir = make_run(wandb={"mode": "auto"})
     train(run_dir, WANDB_API_KEY="", HOME=str(run_dir))
     (recorded,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from brumby.convert.pieces import PiecesReader
 from brumby.data import Batches
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
-from brumby.train.checkpoint import completed, step_of
 from brumby.train.config import load
+from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
-from tests.conftest import start_ranks
+from tests.conftest import WITH_TESTS, start_ranks, train
 
+TOLERANCES = {"fp32": {"abs": 2e-5}, "bf16": {"rel": 0.01}}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW = {
     "step", "tokens_seen", "phase", "loss", "base_loss", "lr", "grad_norm", "tokens_per_second", "mfu",
     "step_seconds",
@@ -37,12 +40,16 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
     return {name: reader.weight(name) for name in reader.shapes}
 
 
-def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None) -> list[float]:
-    """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one."""
+def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None, trained: str = "") -> list[float]:
+    """The same training in twenty lines of plain PyTorch: one process, whole batches, documents one by one.
+
+    Parameters without `trained` in their names are frozen.
+    """
     config = load(run_dir)
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "g_proj" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "g_proj" in n]
+    named = [(n, p) for n, p in model.named_parameters() if trained in n]
+    matrices = [p for n, p in named if p.ndim == 2 and "g_proj" not in n]
+    others = [p for n, p in named if p.ndim == 1 or "g_proj" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     found, batches = [], Batches(config.data)
@@ -58,17 +65,17 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None) -> li
         found.append(total.item() / count)
         if use_exp:
             continue
-        optimizer.zero_grad()
+        model.zero_grad()
         (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         seen = batches.tokens_seen(step + 1)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
+            group["lr"] = config.optimizer.lr * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
         optimizer.step()
     return found
 
 
-def test_one_rank_trains_as_plain_pytorch_does(make_run, train):
+def test_one_rank_trains_as_plain_pytorch_does(make_run):
     run_dir = make_run(zero_stage=0)
     train(run_dir)
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
@@ -96,22 +103,46 @@ def test_phases_with_their_own_lengths_and_batches(make_run, train, tiny_data, z
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_at_every_zero_stage_train_as_one(make_run, train, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage)
-    train(run_dir, num_ranks=2)
+def test_two_ranks_at_every_zero_stage_train_as_one(trained, zero_stage):
+    run_dir = trained(zero_stage=zero_stage)
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), abs=2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bf16_with_float32_masters_stays_close(make_run, train, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage, precision="bf16")
-    train(run_dir, num_ranks=2)
+def test_bf16_with_float32_masters_stays_close(trained, zero_stage):
+    run_dir = trained(zero_stage=zero_stage, precision="bf16")
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=0.02)
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_behind(make_run, train, tmp_path):
+@pytest.mark.parametrize(
+    ("zero_stage", "then", "precision"), [(0, 1, "fp32"), (1, 2, "bf16"), (2, 3, "fp32"), (3, 0, "bf16")]
+)
+def test_frozen_parameters_stay_as_they_are(make_run, zero_stage, then, precision):
+    """The mixers are trained alone, by two ranks; then one takes up the checkpoint of step 5 at another stage."""
+    options = {"zero_stage": zero_stage, "precision": precision, "optimizer": {"lr": 1e-3, "gate_lr": 1e-3}}
+    run_dir = make_run(**options, activation_checkpointing=True, keep_checkpoints=3)
+    frozen_ranks = {"module": "frozen", "PYTHONPATH": WITH_TESTS}
+    train(run_dir, num_ranks=2, **frozen_ranks)
+    expected = pytest.approx(plain_losses(run_dir, trained=".self_attn."), **TOLERANCES[precision])
+    assert losses(run_dir) == expected
+    for later in completed(run_dir)[1:]:
+        shutil.rmtree(later)
+    config = (run_dir / "config.yaml").read_text().replace(f"zero_stage: {zero_stage}", f"zero_stage: {then}")
+    (run_dir / "config.yaml").write_text(config)
+    train(run_dir, num_ranks=1, **frozen_ranks)
+    assert losses(run_dir) == expected
+    model = BrumbyForCausalLM.from_pretrained(load(run_dir).model, dtype=DTYPES[precision])
+    found = weights(run_dir)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter.float()) == (".self_attn." not in name), name
+    reader = PiecesReader(find_checkpoint(run_dir))
+    assert {name for kind, name in reader.found if kind == "exp_avg"} == {n for n in found if ".self_attn." in n}
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(make_run):
     run_dir = make_run(keep_checkpoints=1, keep_every=10)
     train(run_dir, num_ranks=2)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -138,11 +169,10 @@ def test_what_a_run_leaves_behind(make_run, train, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, long_data, zero_stage, precision):
-    options = {"zero_stage": zero_stage, "precision": precision, "data": long_data, "checkpoint_every": 50}
-    whole = make_run("whole", **options)
-    train(whole, num_ranks=2)
-    run_dir = make_run("interrupted", **options)
+def test_an_interrupted_run_resumes_bit_for_bit(make_run, trained, long_data, zero_stage, precision):
+    options = {"zero_stage": zero_stage, "precision": precision, "data": long_data}
+    whole = trained(**options)
+    run_dir = make_run(**options, checkpoint_every=50)
     process = start_ranks(run_dir, 2)
     while len(losses(run_dir)) < 6 and process.poll() is None:
         time.sleep(0.05)
@@ -158,7 +188,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_run, train, long_data, zero
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, train, long_data):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_run, long_data):
     """What it had done after that checkpoint is done again; no row of metrics stands twice."""
     run_dir = make_run(data=long_data, checkpoint_every=5)
     process = start_ranks(run_dir, 1)
@@ -192,17 +222,17 @@ def test_one_signal_saves_and_a_second_does_not_wait(make_run, long_data, signal
 
 
 @pytest.mark.slow
-def test_resuming_on_other_data_is_refused(make_run, train):
-    run_dir = make_run()
-    train(run_dir, num_ranks=2)
-    config = (run_dir / "config.yaml").read_text()
+def test_resuming_on_other_data_is_refused(trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained(zero_stage=2), run_dir)
+    config = (run_dir / "config.yaml").read_text().replace(str(trained(zero_stage=2).parent), str(tmp_path))
     (run_dir / "config.yaml").write_text(config.replace("seed: 1", "seed: 2"))
     errors = train(run_dir, num_ranks=2, expected=1)
     assert "changed since its checkpoint: seed was 1, now 2. A resumed run needs the same" in errors
 
 
 @pytest.mark.slow
-def test_divergence_stops_the_run(make_run, train):
+def test_divergence_stops_the_run(make_run):
     run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30}, stability={"max_in_a_row": 3})
     assert "and there is no checkpoint from before them" in train(run_dir, expected=1)
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -211,13 +241,12 @@ def test_divergence_stops_the_run(make_run, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_export_holds_the_trained_weights(make_run, train, tmp_path, zero_stage):
-    run_dir = make_run(zero_stage=zero_stage)
-    train(run_dir, num_ranks=2)
+def test_export_holds_the_trained_weights(trained, tmp_path, zero_stage):
+    run_dir = trained(zero_stage=zero_stage)
     export(find_checkpoint(run_dir), Path(load(run_dir).model), tmp_path / "out", "float32")
     model = BrumbyForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    trained = weights(run_dir)
+    expected = weights(run_dir)
     exported = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
-    assert all(torch.equal(exported[name], trained[name]) for name in exported)
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)
     (batch,) = Batches(load(run_dir).data).micro_batches(11, 0, 1, 8)
     assert model(batch.input_ids).logits.isfinite().all()
