@@ -265,7 +265,7 @@ def main() -> None:
     path, part = out / "kernels.json", out / ".kernels.json.part"
     rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in args.cases:
-        rows = [row for row in rows if row["case"].split(",")[0].split(" b=")[0] != case]
+        rows = [row for row in rows if str(row["case"]).split(",")[0].split(" b=")[0] != case]
         for row in run(case, args.peers, args.activations):
             print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
             rows.append(row)
