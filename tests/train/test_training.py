@@ -88,7 +88,7 @@ def test_one_rank_trains_as_plain_pytorch_does(make_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_phases_with_their_own_lengths_and_batches(make_run, train, tiny_data, zero_stage):
+def test_phases_with_their_own_lengths_and_batches(make_run, tiny_data, zero_stage):
     phases = {
         "one": {"tokens": 3 * 256, "blend": {"wiki": 1.0}},
         "two": {"tokens": 4 * 384, "blend": {"code": 1.0}, "sequence_length": 64, "sequences_per_step": 6},
