@@ -183,9 +183,7 @@ class LogitsLoss(torch.autograd.Function):
         for i in range(0, N, CHUNK):
             rows = slice(i, i + CHUNK)
             teacher = x_teacher[rows] @ w_teacher.T if stage.kl else None
-            part, dz = run.logits_gradient(
-                x[rows] @ w.T, teacher, labels[rows], stage.kl, stage.ce, stage.temperature
-            )
+            part, dz = run.logits_gradient(x[rows] @ w.T, teacher, labels[rows], *weights)
             dz = (dz / N).to(run.dtype)
             loss += part / N
             dx[rows] = dz @ w
