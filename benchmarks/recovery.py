@@ -5,8 +5,9 @@
 `FOLDER` is a checkpoint made by `brumby convert`: the student, and with softmax the teacher. Recipes are entries
 of `benchmarks/recovery.yaml`. All of them see the same tokens in the same order; the excess is the student's loss
 minus the softmax base's on text from none of the training sources. Rows of `recipe`, `model`, `seed`, `tokens`,
-`excess_nats`, `base_loss`, `accuracy` and `gpu_seconds` go to `benchmarks/results/<device>/recovery.json` as they
-come; a recipe that is there whole is not run again.
+`excess_nats`, `base_loss`, `gpu_seconds` and `compile_seconds` go to `benchmarks/results/<device>/recovery.json`
+as they come; a recipe that is there whole is not run again. `gpu_seconds` are those of calibration and steps;
+what has to be compiled for them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
 """
@@ -19,8 +20,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,13 +32,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from benchmarks.calibration import Calibration, calibrate
+from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.kernels.tiles import slug
 from brumby.model import BrumbyForCausalLM
 from brumby.model.modeling_brumby import BrumbyAttention, BrumbyDecoderLayer, softmax_attention
 
 HERE = Path(__file__).parent
-T = 2048
 CHUNK = 4096  # tokens whose logits are held at once
 EVALUATED = 8  # sequences at once
 Rotation = tuple[Tensor, Tensor]
@@ -79,9 +82,7 @@ class Recipe:
     stages: list[Stage]
     calibration: Calibration
     power: int = 2
-    seed: int = 0
     evaluate_at: list[int] = field(default_factory=list)  # tokens; 0 and the end always count
-    accuracy: bool = False
 
     @classmethod
     def from_dict(cls, name: str, raw: dict[str, Any]) -> Recipe:
@@ -109,7 +110,7 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def rows_of(ids: Tensor) -> Tensor:
+def rows_of(ids: Tensor, T: int) -> Tensor:
     """ids as rows [T + 1], whose first T tokens predict the last T; their number a multiple of `EVALUATED`."""
     num_rows = len(ids) // (T + 1)
     num_rows -= num_rows % EVALUATED if num_rows > EVALUATED else 0
@@ -201,8 +202,9 @@ class Run:
     """Teacher, student and data on one device; recipes run one after another."""
 
     def __init__(
-        self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int
+        self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int
     ) -> None:
+        self.T = T
         self.device = torch.device(device)
         self.dtype = precision(self.device)
         self.teacher = self.load(base, use_exp=True)
@@ -219,16 +221,17 @@ class Run:
             wrap(label_loss),
         )
         ids = torch.from_numpy(np.load(train).astype(np.int32))
-        self.train_ids = rows_of(ids).to(self.device)  # [rows, T + 1]
+        self.train_ids = rows_of(ids, T).to(self.device)  # [rows, T + 1]
         with np.load(held_out) as sources:
             self.held_out = {
-                name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64))).to(self.device)
+                name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64)), T).to(self.device)
                 for name, ids in sources.items()
             }
         self.base_loss = self.evaluate(self.teacher)
 
     def load(self, base: Path, **options: Any) -> Model:
-        return BrumbyForCausalLM.from_pretrained(base, dtype=torch.float32, **options).to(self.device).train()
+        model: nn.Module = BrumbyForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        return cast(Model, model.to(self.device).train())
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -277,7 +280,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------
     # Training
 
-    def recover(self, recipe: Recipe, record: Callable[[dict[str, Any]], None]) -> None:
+    def recover(self, recipe: Recipe, seed: int, record: Callable[[dict[str, Any]], None]) -> None:
         """Run a recipe from the converted base; `record` takes a row at every measurement."""
         student = self.student
         student.load_state_dict(self.start)
@@ -285,17 +288,16 @@ class Run:
             layer.self_attn.__class__ = BrumbyAttention
         student.config.p = recipe.power
         student.config.use_exp = bool(recipe.stages) and all(stage.softmax for stage in recipe.stages)
-        rows, seen, seconds = self.batches(recipe.seed), 0, 0.0
-        started = time.perf_counter()
+        rows, seen, seconds, compiling = self.batches(seed), 0, 0.0, 0.0
         if not student.config.use_exp:
-            calibrate(
-                student,
-                self.teacher,
-                self.train_ids[-recipe.calibration.sequences :, :-1].long(),
-                recipe.calibration,
-            )
-        self.synchronize()
-        seconds += time.perf_counter() - started
+            ids = self.train_ids[-recipe.calibration.sequences :, :-1].long()
+            with torch.no_grad():
+                compiling += self.timed(
+                    student.model.layers[0],
+                    student.model.embed_tokens(ids),
+                    position_embeddings=self.rotation(student, self.T),
+                )
+            seconds += self.timed(calibrate, student, self.teacher, ids, recipe.calibration)
 
         def measure(loss: float | None, final: bool) -> None:
             losses = self.evaluate(student)
@@ -303,19 +305,20 @@ class Run:
             record({
                 "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
                 "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
-                "gpu_seconds": round(seconds, 2), "final": final,
+                "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
             })  # fmt: skip
 
         measure(None, final=not recipe.stages)
         for stage in recipe.stages:
             steps = Steps(self, stage)
+            compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences].long())
             for i in range(steps.num_steps):
                 started = time.perf_counter()
                 ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
                 loss = steps.step(i, ids)
-                seen += stage.sequences * T
+                seen += stage.sequences * self.T
                 last = i + 1 == steps.num_steps
-                if last or any(seen - stage.sequences * T < at <= seen for at in recipe.evaluate_at):
+                if last or any(seen - stage.sequences * self.T < at <= seen for at in recipe.evaluate_at):
                     value = loss.item()
                     seconds += time.perf_counter() - started
                     if not math.isfinite(value):
@@ -323,6 +326,14 @@ class Run:
                     measure(round(value, 4), final=last and stage is recipe.stages[-1])
                 else:
                     seconds += time.perf_counter() - started
+
+    def timed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Seconds that a call takes on the device."""
+        self.synchronize()
+        started = time.perf_counter()
+        function(*args, **kwargs)
+        self.synchronize()
+        return time.perf_counter() - started
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -334,7 +345,7 @@ class Steps:
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
-        self.num_steps = max(1, stage.tokens // (stage.sequences * T))
+        self.num_steps = max(1, stage.tokens // (stage.sequences * run.T))
         self.optimizers = self.make_optimizers()
         for layer in run.student.model.layers if stage.fade else ():
             layer.self_attn.__class__ = FadingAttention
@@ -342,7 +353,9 @@ class Steps:
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         stage, layers = self.stage, self.run.student.model.layers
-        gates, mixer, rest = [], [], []
+        gates: list[Tensor] = []
+        mixer: list[Tensor] = []
+        rest: list[Tensor] = []
         for name, p in self.run.student.named_parameters():
             group = gates if ".g_proj." in name else mixer if ".self_attn." in name else rest
             p.requires_grad_(group is not rest if stage.align else not (stage.softmax and group is gates))
@@ -384,8 +397,7 @@ class Steps:
                 group["lr"] = group["peak_lr"] * ratio
         if stage.fade:
             self.set_fade(done / stage.fade)
-        with run.autocast():
-            loss = self.align(ids[:, :-1]) if stage.align else self.retrain(ids[:, :-1], ids[:, 1:].flatten())
+        loss = self.gradients(ids)
         parameters = [p for p in run.student.parameters() if p.grad is not None]
         if not stage.align:  # there each layer has a loss of its own
             nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
@@ -393,6 +405,18 @@ class Steps:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def gradients(self, ids: Tensor) -> Tensor:
+        with self.run.autocast():
+            if self.stage.align:
+                return self.align(ids[:, :-1])
+            return self.retrain(ids[:, :-1], ids[:, 1:].flatten())
+
+    def warm_up(self, ids: Tensor) -> None:
+        """Compile what a step runs; nothing is learnt."""
+        self.gradients(ids)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def set_fade(self, progress: float) -> None:
         layers = self.run.student.model.layers
@@ -418,7 +442,7 @@ class Steps:
     def retrain(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, divergence from the teacher, or both, and the error of what layers read."""
         run, stage = self.run, self.stage
-        wanted = None
+        wanted: list[Tensor] = []
         if stage.kl or stage.hidden:
             with torch.no_grad():
                 wanted = run.hidden(run.teacher, ids)
@@ -453,7 +477,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                gradient = torch.stack([p.grad for p in params])  # [n, rows, columns]
+                gradient = torch.stack([cast(Tensor, p.grad) for p in params])  # [n, rows, columns]
                 moment = self.moments.setdefault(shape, torch.zeros_like(gradient))
                 moment.lerp_(gradient, 1 - group["momentum"])
                 update = orthogonalise(gradient.lerp(moment, group["momentum"]))
@@ -483,25 +507,23 @@ def orthogonalise(x: Tensor) -> Tensor:
 class Results:
     """`recovery.json`, written anew with every row."""
 
-    def __init__(self, path: Path, model: str) -> None:
+    def __init__(self, path: Path, model: str, device: str) -> None:
         self.path, self.model = path, model
-        self.content = json.loads(path.read_text()) if path.exists() else {"versions": {}, "rows": []}
+        self.head = {"device": device, "date": str(date.today()), "torch": torch.__version__}
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
-    def has(self, recipe: Recipe) -> bool:
-        return any(
-            r["recipe"] == recipe.name and r["seed"] == recipe.seed and r["final"] for r in self.content["rows"]
-        )
+    def has(self, recipe: Recipe, seed: int) -> bool:
+        mine = (recipe.name, self.model, seed)
+        return any(r["final"] and (r["recipe"], r["model"], r["seed"]) == mine for r in self.rows)
 
-    def add(self, recipe: Recipe, row: dict[str, Any]) -> None:
-        row = {"recipe": recipe.name, "model": self.model, "seed": recipe.seed, **row}
+    def add(self, recipe: Recipe, seed: int, row: dict[str, Any]) -> None:
+        row = {"recipe": recipe.name, "model": self.model, "seed": seed, **row}
         print(json.dumps(row), flush=True)
-        self.content["versions"] = {"torch": torch.__version__}
         same = ("recipe", "model", "seed", "tokens")
-        self.content["rows"] = [r for r in self.content["rows"] if any(r[key] != row[key] for key in same)] + [row]
+        self.rows = [r for r in self.rows if any(r[key] != row[key] for key in same)] + [row]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".unfinished")
-        rows = ",\n".join(json.dumps(row) for row in self.content["rows"])
-        unfinished.write_text(f'{{"versions": {json.dumps(self.content["versions"])}, "rows": [\n{rows}\n]}}\n')
+        unfinished.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
         unfinished.rename(self.path)
 
 
@@ -514,14 +536,16 @@ def load_recipes(path: Path, names: list[str]) -> list[Recipe]:
     return [Recipe.from_dict(name, raw[name]) for name in names or raw]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="a folder made by `brumby convert`")
     parser.add_argument("--train", type=Path, required=True, help="token ids, npy")
     parser.add_argument("--held-out", type=Path, required=True, help="token ids by source, npz")
     parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
     parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the tokens")
     parser.add_argument("--recipe-file", type=Path, default=HERE / "recovery.yaml")
+    parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="no recipe starts that would end after them"
@@ -529,16 +553,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/<device>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started = time.perf_counter()
     recipes = load_recipes(args.recipe_file, args.recipes)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model)
-    run = Run(args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens)
+    results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
+    run = Run(
+        args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
+        args.sequence_length,
+    )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
     rate = math.inf  # tokens a second, the slowest so far
-    for recipe in recipes:
-        if results.has(recipe):
+    for seed, recipe in product(args.seeds, recipes):
+        if results.has(recipe, seed):
             continue
         left = args.seconds - (time.perf_counter() - started)
         if recipe.tokens / rate > left:
@@ -546,7 +573,7 @@ def main() -> None:
             continue
         begun = time.perf_counter()
         try:
-            run.recover(recipe, lambda row, recipe=recipe: results.add(recipe, row))
+            run.recover(recipe, seed, partial(results.add, recipe, seed))
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             print(f"{recipe.name}: {error}", flush=True)
         if recipe.tokens:
