@@ -263,7 +263,7 @@ def main() -> None:
     print(head, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     path, part = out / "kernels.json", out / ".kernels.json.part"
-    rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in args.cases:
         rows = [row for row in rows if str(row["case"]).split(",")[0].split(" b=")[0] != case]
         for row in run(case, args.peers, args.activations):

@@ -1,0 +1,584 @@
+"""How much of a base model's quality a recipe recovers, and at what price: one GPU, no DeepSpeed.
+
+    python -m benchmarks.recovery --base FOLDER --train train.npy --held-out held-out.npz [--recipes NAME ...]
+
+`FOLDER` is a checkpoint made by `brumby convert`: the student, and with softmax the teacher. Recipes are entries
+of `benchmarks/recovery.yaml`. All of them see the same tokens in the same order; the excess is the student's loss
+minus the softmax base's on text from none of the training sources. Rows of `recipe`, `model`, `seed`, `tokens`,
+`excess_nats`, `base_loss`, `gpu_seconds` and `compile_seconds` go to `benchmarks/results/<device>/recovery.json`
+as they come; a recipe that is there whole is not run again. `gpu_seconds` are those of calibration and steps;
+what has to be compiled for them is compiled before they are timed.
+
+Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from brumby.benchmarks.calibration import Calibration, calibrate
+from brumby.kernels.tiles import slug
+from brumby.model import BrumbyForCausalLM
+from brumby.model.modeling_brumby import BrumbyAttention, BrumbyDecoderLayer, softmax_attention
+
+HERE = Path(__file__).parent
+CHUNK = 4096  # tokens whose logits are held at once
+EVALUATED = 8  # sequences at once
+Rotation = tuple[Tensor, Tensor]
+Model = BrumbyForCausalLM
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way of training for `tokens`.
+
+    `align` matches each layer's mixer to the teacher's attention on the teacher's hidden states, whose loss is
+    the relative squared error. Otherwise the loss is the weighted sum of `kl` (Kullback-Leibler divergence from
+    the teacher's logits at `temperature`), `ce` (cross-entropy) and `hidden` (relative squared error of what each
+    layer reads). Rates fall along a cosine to `min_ratio` after a warm-up; `mixer_lr` and `gate_lr` are those of
+    the attention's projections and of the gates, by default `lr`.
+    """
+
+    tokens: int
+    align: bool = False
+    kl: float = 1.0
+    ce: float = 0.0
+    hidden: float = 0.0
+    temperature: float = 1.0
+    lr: float = 1e-3
+    mixer_lr: float | None = None
+    gate_lr: float | None = None
+    sequences: int = 8
+    warmup: float = 0.02
+    min_ratio: float = 0.02
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: str = "adamw"  # or muon: the layers' matrices by Muon, at `lr`, the rest by AdamW, at `adam_lr`
+    adam_lr: float = 1e-3
+    fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
+    fade_by_layer: bool = False  # one layer after the other instead of all at once
+    softmax: bool = False  # train the softmax base: the control
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    stages: list[Stage]
+    calibration: Calibration
+    power: int = 2
+    evaluate_at: list[int] = field(default_factory=list)  # tokens; 0 and the end always count
+
+    @classmethod
+    def from_dict(cls, name: str, raw: dict[str, Any]) -> Recipe:
+        """Raises TypeError for a name that no field has."""
+        stages = [Stage(**stage) for stage in raw.pop("stages", [])]
+        return cls(name, stages, Calibration(**raw.pop("calibration", {})), **raw)
+
+    @property
+    def tokens(self) -> int:
+        return sum(stage.tokens for stage in self.stages)
+
+
+class FadingAttention(BrumbyAttention):
+    """Power retention, of whose output the share `fade` is still softmax attention."""
+
+    fade: Tensor
+
+    def retention(self, q, k, v, log_g, mask, cache, cu_seqlens) -> Tensor:
+        y = super().retention(q, k, v, log_g, mask, cache, cu_seqlens)
+        return y + self.fade.to(y.dtype) * (softmax_attention(q, k, v).to(y.dtype) - y)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Of matrix products; weights and moments are float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def rows_of(ids: Tensor, T: int) -> Tensor:
+    """ids as rows [T + 1], whose first T tokens predict the last T; their number a multiple of `EVALUATED`."""
+    num_rows = len(ids) // (T + 1)
+    num_rows -= num_rows % EVALUATED if num_rows > EVALUATED else 0
+    return ids[: num_rows * (T + 1)].view(num_rows, T + 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The models
+
+
+def block(layer: BrumbyDecoderLayer, x: Tensor, rotation: Rotation) -> Tensor:
+    return layer(x, position_embeddings=rotation)
+
+
+def teach(layer: BrumbyDecoderLayer, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """What the attention reads, what it writes, and the layer's output."""
+    h = layer.input_layernorm(x)
+    a = layer.self_attn(h, position_embeddings=rotation)
+    x = x + a
+    return h, a, x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def mixer_error(layer: BrumbyDecoderLayer, h: Tensor, a: Tensor, rotation: Rotation) -> Tensor:
+    y = layer.self_attn(h, position_embeddings=rotation)
+    return relative_error(y, a)
+
+
+def relative_error(x: Tensor, target: Tensor) -> Tensor:
+    return (x.float() - target.float()).square().sum() / target.float().square().sum()
+
+
+def read_error(layer: BrumbyDecoderLayer, x: Tensor, target: Tensor) -> Tensor:
+    """Relative squared error of what `layer` reads of the residual stream."""
+    return relative_error(layer.input_layernorm(x), layer.input_layernorm(target))
+
+
+def logits_gradient(
+    z: Tensor, z_teacher: Tensor | None, labels: Tensor, kl: float, ce: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and their gradient with respect to the student's logits z [N, W]."""
+    z = z.float()
+    loss, dz = z.new_zeros(()), torch.zeros_like(z)
+    if ce:
+        log_p = z.log_softmax(-1)
+        words = torch.arange(z.shape[1], device=z.device)
+        loss = loss - ce * log_p.gather(1, labels[:, None]).sum()
+        dz = dz + ce * (log_p.exp() - (words == labels[:, None]).float())
+    if z_teacher is not None:
+        log_p = (z / temperature).log_softmax(-1)
+        log_t = (z_teacher.float() / temperature).log_softmax(-1)
+        loss = loss + kl * temperature**2 * (log_t.exp() * (log_t - log_p)).sum()
+        dz = dz + kl * temperature * (log_p.exp() - log_t.exp())
+    return loss, dz
+
+
+def label_loss(z: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [N] of logits [N, W]."""
+    return F.cross_entropy(z.float(), labels, reduction="none")
+
+
+class LogitsLoss(torch.autograd.Function):
+    """Mean loss over tokens from final hidden states; logits live for `CHUNK` tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, x_teacher, weight_teacher, labels, stage: Stage, run: Run) -> Tensor:
+        N = len(x)
+        w, w_teacher = weight.to(run.dtype), weight_teacher.to(run.dtype)
+        x_teacher = x_teacher.to(run.dtype) if stage.kl else None
+        x, dx, dw = x.to(run.dtype), torch.empty_like(x), torch.zeros_like(weight)
+        loss, weights = x.new_zeros((), dtype=torch.float32), (stage.kl, stage.ce, stage.temperature)
+        for i in range(0, N, CHUNK):
+            rows = slice(i, i + CHUNK)
+            teacher = x_teacher[rows] @ w_teacher.T if stage.kl else None
+            part, dz = run.logits_gradient(x[rows] @ w.T, teacher, labels[rows], *weights)
+            dz = (dz / N).to(run.dtype)
+            loss += part / N
+            dx[rows] = dz @ w
+            dw += dz.T @ x[rows]
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dw = ctx.saved_tensors
+        return dx * dloss, dw * dloss, None, None, None, None, None
+
+
+class Run:
+    """Teacher, student and data on one device; recipes run one after another."""
+
+    def __init__(
+        self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int
+    ) -> None:
+        self.T = T
+        self.device = torch.device(device)
+        self.dtype = precision(self.device)
+        self.teacher = self.load(base, use_exp=True)
+        self.teacher.requires_grad_(False)
+        self.student = self.load(base, use_exp=False)
+        self.start = {name: p.detach().clone() for name, p in self.student.state_dict().items()}
+        wrap: Callable[[Any], Any] = torch.compile if compile else lambda function: function
+        torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        self.block, self.teach, self.mixer_error = wrap(block), wrap(teach), wrap(mixer_error)
+        self.read_error, self.logits_gradient, self.label_loss = (
+            wrap(read_error),
+            wrap(logits_gradient),
+            wrap(label_loss),
+        )
+        ids = torch.from_numpy(np.load(train).astype(np.int32))
+        self.train_ids = rows_of(ids, T).to(self.device)  # [rows, T + 1]
+        with np.load(held_out) as sources:
+            self.held_out = {
+                name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64)), T).to(self.device)
+                for name, ids in sources.items()
+            }
+        self.base_loss = self.evaluate(self.teacher)
+
+    def load(self, base: Path, **options: Any) -> Model:
+        model: nn.Module = BrumbyForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        return cast(Model, model.to(self.device).train())
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def rotation(self, model: Model, num_tokens: int) -> Rotation:
+        position_ids = torch.arange(num_tokens, device=self.device)[None]
+        return model.model.rotary_emb(model.model.embed_tokens.weight[:1, None], position_ids)
+
+    def hidden(self, model: Model, input_ids: Tensor) -> list[Tensor]:
+        """The residual stream before every layer, and the final norm's output, each [B, T, E]."""
+        rotation = self.rotation(model, input_ids.shape[1])
+        x = model.model.embed_tokens(input_ids)
+        stream = []
+        for layer in model.model.layers:
+            stream.append(x)
+            x = self.block(layer, x, rotation)
+        return [*stream, model.model.norm(x)]
+
+    @torch.no_grad()
+    def token_losses(self, model: Model, ids: Tensor) -> Tensor:
+        """Cross-entropy [B, T] of each next token of ids [B, T + 1]."""
+        with self.autocast():
+            x = self.hidden(model, ids[:, :-1])[-1].flatten(0, 1)
+            weight = model.lm_head.weight.to(self.dtype)
+            labels = ids[:, 1:].flatten()
+            losses = [
+                self.label_loss(x[i : i + CHUNK].to(self.dtype) @ weight.T, labels[i : i + CHUNK])
+                for i in range(0, len(x), CHUNK)
+            ]
+        return torch.cat(losses).view(len(ids), -1)
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        """Mean nats a token by held-out source, and their mean as `all`."""
+        losses = {}
+        for name, rows in self.held_out.items():
+            parts = [self.token_losses(model, part) for part in rows.split(EVALUATED)]
+            losses[name] = torch.cat(parts).mean().item()
+        return losses | {"all": sum(losses.values()) / len(losses)}
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        """Rows [T + 1] without end, in an order that the seed alone decides."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from self.train_ids[torch.randperm(len(self.train_ids), generator=generator).to(self.device)]
+
+    # ------------------------------------------------------------------------------------------------
+    # Training
+
+    def recover(self, recipe: Recipe, seed: int, record: Callable[[dict[str, Any]], None]) -> None:
+        """Run a recipe from the converted base; `record` takes a row at every measurement."""
+        student = self.student
+        student.load_state_dict(self.start)
+        for layer in student.model.layers:
+            layer.self_attn.__class__ = BrumbyAttention
+        student.config.p = recipe.power
+        student.config.use_exp = bool(recipe.stages) and all(stage.softmax for stage in recipe.stages)
+        rows, seen, seconds, compiling = self.batches(seed), 0, 0.0, 0.0
+        if not student.config.use_exp:
+            ids = self.train_ids[-recipe.calibration.sequences :, :-1].long()
+            with torch.no_grad():
+                compiling += self.timed(
+                    student.model.layers[0],
+                    student.model.embed_tokens(ids),
+                    position_embeddings=self.rotation(student, self.T),
+                )
+            seconds += self.timed(calibrate, student, self.teacher, ids, recipe.calibration)
+
+        def measure(loss: float | None, final: bool) -> None:
+            losses = self.evaluate(student)
+            excess = {name: round(losses[name] - self.base_loss[name], 4) for name in losses}
+            record({
+                "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
+                "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
+                "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
+            })  # fmt: skip
+
+        measure(None, final=not recipe.stages)
+        for stage in recipe.stages:
+            steps = Steps(self, stage)
+            compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences].long())
+            for i in range(steps.num_steps):
+                started = time.perf_counter()
+                ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
+                loss = steps.step(i, ids)
+                seen += stage.sequences * self.T
+                last = i + 1 == steps.num_steps
+                if last or any(seen - stage.sequences * self.T < at <= seen for at in recipe.evaluate_at):
+                    value = loss.item()
+                    seconds += time.perf_counter() - started
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"{recipe.name}: the loss is {value} after {seen} tokens")
+                    measure(round(value, 4), final=last and stage is recipe.stages[-1])
+                else:
+                    seconds += time.perf_counter() - started
+
+    def timed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Seconds that a call takes on the device."""
+        self.synchronize()
+        started = time.perf_counter()
+        function(*args, **kwargs)
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Steps:
+    """The optimizer and the steps of one stage."""
+
+    def __init__(self, run: Run, stage: Stage) -> None:
+        self.run, self.stage = run, stage
+        self.num_steps = max(1, stage.tokens // (stage.sequences * run.T))
+        self.optimizers = self.make_optimizers()
+        for layer in run.student.model.layers if stage.fade else ():
+            layer.self_attn.__class__ = FadingAttention
+            layer.self_attn.fade = torch.ones((), device=run.device)
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        stage, layers = self.stage, self.run.student.model.layers
+        gates: list[Tensor] = []
+        mixer: list[Tensor] = []
+        rest: list[Tensor] = []
+        for name, p in self.run.student.named_parameters():
+            group = gates if ".g_proj." in name else mixer if ".self_attn." in name else rest
+            p.requires_grad_(group is not rest if stage.align else not (stage.softmax and group is gates))
+            p.grad = None
+            if p.requires_grad:
+                group.append(p)
+        muon: list[Tensor] = []
+        if stage.optimizer == "muon":
+            hidden = {id(p) for p in layers.parameters() if p.ndim == 2 and min(p.shape) > 16}
+            muon = [p for p in (*mixer, *rest) if id(p) in hidden]
+            mixer, rest = ([p for p in group if id(p) not in hidden] for group in (mixer, rest))
+        elif stage.optimizer != "adamw":
+            raise ValueError(f"optimizer is {stage.optimizer!r}; expected adamw or muon")
+        lr = stage.adam_lr if muon else stage.lr
+        groups = [
+            {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": stage.weight_decay if decay else 0.0}
+            for params, rate, decay in (
+                (gates, stage.gate_lr or lr, False),
+                (mixer, (stage.mixer_lr or stage.lr) if not muon else lr, True),
+                (rest, lr, True),
+            )
+            if params
+        ]
+        fused = self.run.device.type == "cuda"
+        found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=fused)]
+        if muon:
+            found.append(Muon(muon, stage.lr, stage.weight_decay))
+        return found
+
+    def step(self, i: int, ids: Tensor) -> Tensor:
+        """Train on ids [B, T + 1]; the loss."""
+        run, stage = self.run, self.stage
+        done = i / self.num_steps
+        warmup = max(1, round(stage.warmup * self.num_steps))
+        cosine = stage.min_ratio + (1 - stage.min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        ratio = min(1.0, (i + 1) / warmup) * cosine
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * ratio
+        if stage.fade:
+            self.set_fade(done / stage.fade)
+        loss = self.gradients(ids)
+        parameters = [p for p in run.student.parameters() if p.grad is not None]
+        if not stage.align:  # there each layer has a loss of its own
+            nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def gradients(self, ids: Tensor) -> Tensor:
+        with self.run.autocast():
+            if self.stage.align:
+                return self.align(ids[:, :-1])
+            return self.retrain(ids[:, :-1], ids[:, 1:].flatten())
+
+    def warm_up(self, ids: Tensor) -> None:
+        """Compile what a step runs; nothing is learnt."""
+        self.gradients(ids)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def set_fade(self, progress: float) -> None:
+        layers = self.run.student.model.layers
+        for i, layer in enumerate(layers):
+            left = 1 - progress * len(layers) + i if self.stage.fade_by_layer else 1 - progress
+            layer.self_attn.fade.fill_(min(1.0, max(0.0, left)))
+
+    def align(self, ids: Tensor) -> Tensor:
+        """One pass of the teacher trains the mixers of all layers; their mean relative squared error."""
+        run = self.run
+        teacher, student = run.teacher.model, run.student.model
+        rotation = run.rotation(run.teacher, ids.shape[1])
+        x = teacher.embed_tokens(ids)
+        total = x.new_zeros((), dtype=torch.float32)
+        for theirs, ours in zip(teacher.layers, student.layers, strict=True):
+            with torch.no_grad():
+                h, a, x = run.teach(theirs, x, rotation)
+            loss = run.mixer_error(ours, h, a, rotation)
+            loss.backward()
+            total += loss.detach()
+        return total / len(teacher.layers)
+
+    def retrain(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, divergence from the teacher, or both, and the error of what layers read."""
+        run, stage = self.run, self.stage
+        wanted: list[Tensor] = []
+        if stage.kl or stage.hidden:
+            with torch.no_grad():
+                wanted = run.hidden(run.teacher, ids)
+        stream = run.hidden(run.student, ids)
+        head = run.student.lm_head.weight
+        x_teacher = wanted[-1].flatten(0, 1) if wanted else None
+        x = stream[-1].flatten(0, 1)
+        loss = LogitsLoss.apply(x, head, x_teacher, run.teacher.lm_head.weight, labels, stage, run)
+        value = loss.detach()
+        if stage.hidden:
+            layers = run.teacher.model.layers[1:]
+            errors = [run.read_error(*part) for part in zip(layers, stream[1:-1], wanted[1:-1], strict=True)]
+            loss = loss + stage.hidden * torch.stack(errors).mean()
+        loss.backward()
+        return value
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum (https://kellerjordan.github.io/posts/muon), over matrices of one shape at once.
+
+    An update's RMS is 0.2, AdamW's, so that rates carry over (arXiv 2502.16982).
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.moments: dict[torch.Size, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                gradient = torch.stack([cast(Tensor, p.grad) for p in params])  # [n, rows, columns]
+                moment = self.moments.setdefault(shape, torch.zeros_like(gradient))
+                moment.lerp_(gradient, 1 - group["momentum"])
+                update = orthogonalise(gradient.lerp(moment, group["momentum"]))
+                step = -group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(
+                    params, [u.to(p.dtype) for u, p in zip(update, params, strict=True)], alpha=step
+                )
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Five steps of the quintic Newton-Schulz iteration on x [n, rows, columns]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Results:
+    """`recovery.json`, written anew with every row."""
+
+    def __init__(self, path: Path, model: str, device: str) -> None:
+        self.path, self.model = path, model
+        self.head = {"device": device, "date": str(date.today()), "torch": torch.__version__}
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def has(self, recipe: Recipe, seed: int) -> bool:
+        mine = (recipe.name, self.model, seed)
+        return any(r["final"] and (r["recipe"], r["model"], r["seed"]) == mine for r in self.rows)
+
+    def add(self, recipe: Recipe, seed: int, row: dict[str, Any]) -> None:
+        row = {"recipe": recipe.name, "model": self.model, "seed": seed, **row}
+        print(json.dumps(row), flush=True)
+        same = ("recipe", "model", "seed", "tokens")
+        self.rows = [r for r in self.rows if any(r[key] != row[key] for key in same)] + [row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
+        unfinished.rename(self.path)
+
+
+def load_recipes(path: Path, names: list[str]) -> list[Recipe]:
+    """Raises ValueError for a name that the file does not have, TypeError for a field that no recipe has."""
+    raw = yaml.safe_load(path.read_text())["recipes"]
+    unknown = sorted(set(names) - set(raw))
+    if unknown:
+        raise ValueError(f"{path} has no recipe {', '.join(unknown)}; it has {', '.join(raw)}")
+    return [Recipe.from_dict(name, raw[name]) for name in names or raw]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="a folder made by `brumby convert`")
+    parser.add_argument("--train", type=Path, required=True, help="token ids, npy")
+    parser.add_argument("--held-out", type=Path, required=True, help="token ids by source, npz")
+    parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
+    parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the tokens")
+    parser.add_argument("--recipe-file", type=Path, default=HERE / "recovery.yaml")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no recipe starts that would end after them"
+    )
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/<device>")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    recipes = load_recipes(args.recipe_file, args.recipes)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
+    run = Run(
+        args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
+        args.sequence_length,
+    )  # fmt: skip
+    print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
+    rate = math.inf  # tokens a second, the slowest so far
+    for seed, recipe in product(args.seeds, recipes):
+        if results.has(recipe, seed):
+            continue
+        left = args.seconds - (time.perf_counter() - started)
+        if recipe.tokens / rate > left:
+            print(f"{recipe.name}: not started, {left:.0f} s are left", flush=True)
+            continue
+        begun = time.perf_counter()
+        try:
+            run.recover(recipe, seed, partial(results.add, recipe, seed))
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            print(f"{recipe.name}: {error}", flush=True)
+        if recipe.tokens:
+            rate = min(rate, recipe.tokens / (time.perf_counter() - begun))
+
+
+if __name__ == "__main__":
+    main()

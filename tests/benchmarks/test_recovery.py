@@ -1,0 +1,120 @@
+"""The recovery study's code path on a model of two layers: calibration, alignment, distillation, rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brumby.benchmarks import recovery
+from brumby.benchmarks.calibration import Calibration, calibrate
+from brumby.model import BrumbyConfig, BrumbyForCausalLM
+
+
+def pair(qk_norm: bool) -> tuple[BrumbyForCausalLM, BrumbyForCausalLM]:
+    """Student and softmax teacher of the same random weights, large enough that attention is not uniform."""
+    torch.manual_seed(0)
+    config = BrumbyConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, gate_bias=True, qk_norm=qk_norm,
+        initializer_range=0.2,
+    )  # fmt: skip
+    student = BrumbyForCausalLM(config)
+    with (
+        torch.no_grad()
+    ):  # a direction that all tokens share, as in trained models: q . k of one sign comes from it
+        student.model.embed_tokens.weight += 0.1
+    teacher = BrumbyForCausalLM(BrumbyConfig(**config.to_dict() | {"use_exp": True}))
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher
+
+
+@torch.no_grad()
+def errors(student: BrumbyForCausalLM, teacher: BrumbyForCausalLM, ids: Tensor) -> Tensor:
+    """Relative squared error of the residual stream after each layer's mixer and after the layer, [layers, 2]."""
+    streams: list[list[Tensor]] = []
+    for model in (student, teacher):
+        stream: list[Tensor] = []
+        hooks = []
+        for layer in model.model.layers:
+            hooks.append(
+                layer.post_attention_layernorm.register_forward_hook(lambda m, x, y, s=stream: s.append(x[0]))
+            )
+            hooks.append(layer.register_forward_hook(lambda m, x, y, s=stream: s.append(y)))
+        model(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        streams.append(stream)
+    found = [(x - y).square().sum() / y.square().sum() for x, y in zip(*streams, strict=True)]
+    return torch.stack(found).view(-1, 2)
+
+
+@pytest.mark.parametrize(
+    ("qk_norm", "options"),
+    [
+        (True, {"outputs": True}),
+        (True, {"outputs": True, "mlp": True}),
+        (True, {"gates": "fit", "outputs": True}),
+        (True, {"gates": "distance", "outputs": True}),
+        (False, {"outputs": True, "mlp": True}),
+        (False, {"qk": 1}),
+        (False, {"qk": 1, "outputs": True}),
+    ],
+)
+def test_calibration_lowers_the_error_of_every_layer_on_other_tokens(qk_norm: bool, options: dict) -> None:
+    student, teacher = pair(qk_norm)
+    ids, held_out = torch.randint(97, (2, 16, 64)).unbind()
+    calibrate(student, teacher, ids, Calibration(gates=options.get("gates", "spread")))
+    before = errors(student, teacher, held_out)
+    calibrate(student, teacher, ids, Calibration(**options, sequences=16))
+    after = errors(student, teacher, held_out)
+    assert (after < 0.9 * before).all(), (before, after)
+
+
+def test_q_and_k_under_norms_are_not_fitted() -> None:
+    student, teacher = pair(qk_norm=True)
+    with pytest.raises(ValueError, match="have norms"):
+        calibrate(student, teacher, torch.randint(97, (1, 8)), Calibration(qk=1))
+
+
+def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 64).astype(np.uint16))
+    np.savez(tmp_path / "held.npz", one=rng.integers(257, size=33 * 4), two=rng.integers(257, size=33 * 4))
+    (tmp_path / "recipes.yaml").write_text(
+        "recipes:\n"
+        "  align-kl: {evaluate_at: [128], stages: [{align: true, sequences: 4, tokens: 2560, lr: 0.01},"
+        " {kl: 1.0, sequences: 4, tokens: 256}]}\n"
+        "  softmax: {stages: [{kl: 0.0, ce: 1.0, softmax: true, sequences: 4, tokens: 256, lr: 1.0e-4}]}\n"
+    )
+    words = [
+        "--base", tiny_model, "--train", tmp_path / "train.npy", "--held-out", tmp_path / "held.npz",
+        "--recipe-file", tmp_path / "recipes.yaml", "--out", tmp_path, "--sequence-length", 32,
+        "--device", "cpu", "--no-compile", "--seeds", 0, 1,
+    ]  # fmt: skip
+    recovery.main([str(word) for word in words])
+    content = (tmp_path / "recovery.json").read_text()
+    found = json.loads(content)
+    assert {"device", "date", "torch"} <= set(found)
+    rows = [row for row in found["rows"] if row["seed"] == 0 and row["recipe"] == "align-kl"]
+    assert [row["tokens"] for row in rows] == [0, 128, 2560, 2816]
+    assert [row["final"] for row in found["rows"] if row["tokens"]] == [False, False, True, True] * 2
+    fields = {"recipe", "model", "seed", "tokens", "excess_nats", "excess_by_source", "base_loss", "gpu_seconds"}
+    assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"])
+    control = [row for row in found["rows"] if row["recipe"] == "softmax" and not row["tokens"]]
+    assert all(row["excess_nats"] == 0 for row in control)
+
+    recovery.main([str(word) for word in words])
+    assert (tmp_path / "recovery.json").read_text() == content
+
+
+def test_alignment_loss_falls(tiny_model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 8).astype(np.uint16))
+    np.savez(tmp_path / "held.npz", one=rng.integers(257, size=33 * 4))
+    run = recovery.Run(tiny_model, tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
+    steps = recovery.Steps(run, recovery.Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2))
+    losses = [steps.step(i, run.train_ids[:4].long()).item() for i in range(steps.num_steps)]
+    assert losses[-1] < 0.5 * losses[0]
