@@ -1,19 +1,21 @@
 """Power retention beside softmax attention and other operators: time, memory and error, on one GPU.
 
-    python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--activations FILE] [--out FOLDER]
+    python -m benchmarks.kernels [--cases 2k 8k ...] [--peers retention fla] [--activations MODEL TEXT]
 
 prints a table and writes `kernels.json`: rows of `case`, `implementation`, `direction`, `ms`, `tflops`,
 `peak_bytes` and `error`; rows of other cases stay. Every time is the GPU's, of the whole operator, gates included:
 the median over replays of a CUDA graph. What the CPU takes to launch an operator is the case "launch". `tflops`
 counts softmax attention's matrix products for every implementation, so that it compares times. Shapes are
 Qwen3-14B's: 40 query heads, 8 key-value heads, head_dim 128, bfloat16. The case "first call" is the first of all,
-forward and backward, with nothing compiled. `--activations`: safetensors with q, k, v and log_g of a real model,
-for another row of errors. `--plot docs/kernels.png` draws time per token from what is there, without a GPU.
+forward and backward, with nothing compiled. `--activations` adds errors on q, k, v and log_g of a real model's
+middle layer: a converted checkpoint, and JSONL (.gz) with the text that it reads, such as `make demo` leaves in
+`.cache/demo`. `--plot docs/kernels.png` draws time per token from what is there, without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -25,14 +27,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from functools import partial
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -242,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--peers", nargs="*", choices=["retention", "fla"], default=[])
-    parser.add_argument("--activations", type=Path)
+    parser.add_argument("--activations", type=Path, nargs=2, metavar=("MODEL", "TEXT"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -273,7 +274,34 @@ def main() -> None:
         part.rename(path)
 
 
-def run(case: str, peers: list[str], activations: Path | None) -> Iterator[dict[str, object]]:
+def activations(model: Path, text: Path) -> tuple[Tensor, ...]:
+    """q, k, v (bfloat16) and log_g of a model's middle layer that reads 2,048 tokens, and a gradient of y."""
+    from transformers import AutoTokenizer
+
+    from brumby.model import BrumbyForCausalLM, modeling_brumby
+
+    lines = (gzip.open if text.suffix == ".gz" else open)(text, "rt")
+    with lines:
+        words = "\n\n".join(json.loads(line)["text"] for line in islice(lines, 100))
+    ids = AutoTokenizer.from_pretrained(model)(words, return_tensors="pt").input_ids[:, :2048]
+    found = []
+    operator = modeling_brumby.power_retention
+
+    def note(*x: Tensor, **options: Any) -> Any:
+        found.append(x)
+        return operator(*x, **options)
+
+    modeling_brumby.power_retention = note  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            BrumbyForCausalLM.from_pretrained(model, dtype=torch.float32)(ids, use_cache=False)
+    finally:
+        modeling_brumby.power_retention = operator
+    q, k, v, log_g = (x.cuda() for x in found[len(found) // 2])
+    return q.bfloat16(), k.bfloat16(), v.bfloat16(), log_g, torch.randn_like(q, dtype=torch.bfloat16)
+
+
+def run(case: str, peers: list[str], model_and_text: list[Path] | None) -> Iterator[dict[str, object]]:
     """Rows of a case."""
     if case == "first call":
         with tempfile.TemporaryDirectory() as cache:
@@ -297,9 +325,8 @@ def run(case: str, peers: list[str], activations: Path | None) -> Iterator[dict[
                 yield {"case": f"{case} b={B}", "implementation": "brumby", "direction": name, "ms": us / 1e3}
         return
     if case == "activations":
-        if activations is not None:
-            real = load_file(activations, device="cuda")
-            made = *(real[name] for name in ("q", "k", "v", "log_g")), torch.randn_like(real["q"])
+        if model_and_text is not None:
+            made = activations(*model_and_text)
             for name, form in (("brumby", brumby()), ("brumby, plain", brumby(implementation="reference"))):
                 for direction, e in split(errors(form, made)).items():
                     yield {"case": case, "implementation": name, "direction": direction, "error": e}

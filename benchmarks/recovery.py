@@ -382,7 +382,10 @@ class Steps:
         fused = self.run.device.type == "cuda"
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=fused)]
         if muon:
-            found.append(Muon(muon, stage.lr, stage.weight_decay))
+            matrices = {"params": muon, "lr": stage.lr, "peak_lr": stage.lr}
+            found.append(
+                torch.optim.Muon([matrices], weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         return found
 
     def step(self, i: int, ids: Tensor) -> Tensor:
@@ -458,46 +461,6 @@ class Steps:
             loss = loss + stage.hidden * torch.stack(errors).mean()
         loss.backward()
         return value
-
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (https://kellerjordan.github.io/posts/muon), over matrices of one shape at once.
-
-    An update's RMS is 0.2, AdamW's, so that rates carry over (arXiv 2502.16982).
-    """
-
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.moments: dict[torch.Size, Tensor] = {}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                gradient = torch.stack([cast(Tensor, p.grad) for p in params])  # [n, rows, columns]
-                moment = self.moments.setdefault(shape, torch.zeros_like(gradient))
-                moment.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonalise(gradient.lerp(moment, group["momentum"]))
-                step = -group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(
-                    params, [u.to(p.dtype) for u, p in zip(update, params, strict=True)], alpha=step
-                )
-
-
-def orthogonalise(x: Tensor) -> Tensor:
-    """Five steps of the quintic Newton-Schulz iteration on x [n, rows, columns]."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16().mT if tall else x.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -88,17 +88,9 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
     row = found.setdefault(name, {"registers": 0, "stack": 0, "serialised": 0})
     row["registers"] = max(row["registers"], registers)
     row["stack"] = max(row["stack"], stack)
-    row["serialised"] += "are serialized" in verbose.stderr
-    print(
-        name,
-        options,
-        registers,
-        stack,
-        kernel.metadata.shared,
-        "serialised" * ("are serialized" in verbose.stderr),
-        file=sys.stderr,
-        flush=True,
-    )
+    serialised = "are serialized" in verbose.stderr
+    row["serialised"] += serialised
+    print(name, options, registers, stack, kernel.metadata.shared, serialised, file=sys.stderr, flush=True)
 
 
 def main() -> None:
