@@ -129,7 +129,8 @@ def _load(
                 s_since.index(i_stage).store(gl.full([1], since, gl.float32, one))
                 _, i_q_next = _query_block(i + 1, end, i_k, shift, down, i_h, R, BQ, BK)
                 G_q = gl.load(p_G + gl.minimum(i_q_next, T - 1))
-            s_where.index(i_stage).store(gl.full([1], (i_hq << 20) + i_q // BQ, gl.int32, one))
+            where = (i_hq << 20) + i_q // BQ  # query head and block: up to 2047 heads and 2^26 tokens
+            s_where.index(i_stage).store(gl.full([1], where, gl.int32, one))
             bar = full.index(i_stage)
             mbarrier.expect(bar, d_q.block_type.nbytes + d_dy.block_type.nbytes + d_rows.block_type.nbytes)
             tma_load(d_q, [i_b, i_hq, i_q, 0], bar, as_tile(s_q.index(i_stage), d_q))
