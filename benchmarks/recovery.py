@@ -1,12 +1,16 @@
 """How much of a base model's quality a recipe recovers, and at what price: one GPU, no DeepSpeed.
 
     python -m benchmarks.recovery --base FOLDER --train train.npy --held-out held-out.npz [--recipes NAME ...]
+        [--tasks tasks.npz]
 
-`FOLDER` is a checkpoint made by `brumby convert`: the student, and with softmax the teacher. Recipes are entries
+`python -m benchmarks.recovery_data` makes all four. `FOLDER` is a checkpoint made by `brumby convert`: the
+student, and with softmax the teacher. Recipes are entries
 of `benchmarks/recovery.yaml`. All of them see the same tokens in the same order; the excess is the student's loss
 minus the softmax base's on text from none of the training sources. Rows of `recipe`, `model`, `seed`, `tokens`,
 `excess_nats`, `base_loss`, `gpu_seconds` and `compile_seconds` go to `benchmarks/results/<device>/recovery.json`
-as they come; a recipe that is there whole is not run again. `gpu_seconds` are those of calibration and steps;
+as they come; a recipe that is there whole is not run again. With tasks the last row of each recipe has
+`accuracy` by task and `accuracy_above_chance`, the mean share of the base's accuracy above chance that is left;
+the row of recipe `base` is the softmax base's. `gpu_seconds` are those of calibration and steps;
 what has to be compiled for them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
@@ -32,6 +36,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from brumby.benchmarks.accuracy import Task, above_chance, accuracy, load_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.kernels.tiles import slug
 from brumby.model import BrumbyForCausalLM
@@ -166,9 +171,9 @@ def logits_gradient(
     return loss, dz
 
 
-def label_loss(z: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy [N] of logits [N, W]."""
-    return F.cross_entropy(z.float(), labels, reduction="none")
+def label_loss(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N] of logits [N, W], and whether the label is the most likely word [N]."""
+    return F.cross_entropy(z.float(), labels, reduction="none"), z.argmax(-1) == labels
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -202,8 +207,9 @@ class Run:
     """Teacher, student and data on one device; recipes run one after another."""
 
     def __init__(
-        self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int
-    ) -> None:
+        self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int,
+        tasks: dict[str, Task] | None = None,
+    ) -> None:  # fmt: skip
         self.T = T
         self.device = torch.device(device)
         self.dtype = precision(self.device)
@@ -227,7 +233,9 @@ class Run:
                 name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64)), T).to(self.device)
                 for name, ids in sources.items()
             }
+        self.tasks = tasks or {}
         self.base_loss = self.evaluate(self.teacher)
+        self.base_accuracy = self.answer(self.teacher)
 
     def load(self, base: Path, **options: Any) -> Model:
         model: nn.Module = BrumbyForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
@@ -251,25 +259,38 @@ class Run:
         return [*stream, model.model.norm(x)]
 
     @torch.no_grad()
-    def token_losses(self, model: Model, ids: Tensor) -> Tensor:
-        """Cross-entropy [B, T] of each next token of ids [B, T + 1]."""
+    def token_losses(self, model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each next token of ids [B, T + 1] the cross-entropy [B, T], and whether it is the most likely one."""
         with self.autocast():
             x = self.hidden(model, ids[:, :-1])[-1].flatten(0, 1)
             weight = model.lm_head.weight.to(self.dtype)
             labels = ids[:, 1:].flatten()
-            losses = [
+            parts = [
                 self.label_loss(x[i : i + CHUNK].to(self.dtype) @ weight.T, labels[i : i + CHUNK])
                 for i in range(0, len(x), CHUNK)
             ]
-        return torch.cat(losses).view(len(ids), -1)
+        losses, hits = (torch.cat(values).view(len(ids), -1) for values in zip(*parts, strict=True))
+        return losses, hits
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Mean nats a token by held-out source, and their mean as `all`."""
         losses = {}
         for name, rows in self.held_out.items():
-            parts = [self.token_losses(model, part) for part in rows.split(EVALUATED)]
+            parts = [self.token_losses(model, part)[0] for part in rows.split(EVALUATED)]
             losses[name] = torch.cat(parts).mean().item()
         return losses | {"all": sum(losses.values()) / len(losses)}
+
+    def answer(self, model: Model) -> dict[str, float]:
+        """Accuracy by task."""
+        num_tokens = 2**16 if self.device.type == "cuda" else 2**12
+        return accuracy(lambda ids: self.token_losses(model, ids.to(self.device)), self.tasks, num_tokens)
+
+    def accuracy_row(self, found: dict[str, float]) -> dict[str, Any]:
+        if not found:
+            return {}
+        share = above_chance(found, self.base_accuracy, self.tasks)
+        rounded = {name: round(value, 4) for name, value in found.items()}
+        return {"accuracy": rounded, "accuracy_above_chance": round(share, 4)}
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         """Rows [T + 1] without end, in an order that the seed alone decides."""
@@ -306,6 +327,7 @@ class Run:
                 "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
                 "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
                 "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
+                **self.accuracy_row(self.answer(student) if final else {}),
             })  # fmt: skip
 
         measure(None, final=not recipe.stages)
@@ -505,6 +527,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, required=True, help="token ids, npy")
     parser.add_argument("--held-out", type=Path, required=True, help="token ids by source, npz")
     parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
+    parser.add_argument("--tasks", type=Path, help="questions of benchmarks/accuracy.py, npz")
     parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the tokens")
     parser.add_argument("--recipe-file", type=Path, default=HERE / "recovery.yaml")
@@ -523,9 +546,13 @@ def main(argv: list[str] | None = None) -> None:
     results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
     run = Run(
         args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
-        args.sequence_length,
+        args.sequence_length, load_tasks(args.tasks) if args.tasks else None,
     )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
+    base = Recipe("base", [], Calibration())
+    if run.tasks and not results.has(base, args.seeds[0]):
+        row = {"tokens": 0, "excess_nats": 0.0, "base_loss": round(run.base_loss["all"], 4), "final": True}
+        results.add(base, args.seeds[0], row | run.accuracy_row(run.base_accuracy))
     rate = math.inf  # tokens a second, the slowest so far
     for seed, recipe in product(args.seeds, recipes):
         if results.has(recipe, seed):
