@@ -155,7 +155,7 @@ class Encoder:
     def __init__(self, base: Path) -> None:
         config = json.loads((base / "tokenizer_config.json").read_text())
         self.tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-        self.eos = np.uint16(self.tokenizer.token_to_id(config["eos_token"]))
+        self.eos = np.uint16(self.tokenizer.get_vocab()[config["eos_token"]])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brumby.benchmarks import recovery
+from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
@@ -89,7 +90,11 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
         " {kl: 1.0, sequences: 4, tokens: 256}]}\n"
         "  softmax: {stages: [{kl: 0.0, ce: 1.0, softmax: true, sequences: 4, tokens: 256, lr: 1.0e-4}]}\n"
     )
+    with (tmp_path / "tasks.npz").open("wb") as file:
+        two, ids = np.array([0, 0]), np.arange(1, 7)
+        save_tasks(file, {"piqa": Task(ids, two + 3, two + 1, two + 1, two, np.array([0, 1]), two)})
     words = [
+        "--tasks", tmp_path / "tasks.npz",
         "--base", tiny_model, "--train", tmp_path / "train.npy", "--held-out", tmp_path / "held.npz",
         "--recipe-file", tmp_path / "recipes.yaml", "--out", tmp_path, "--sequence-length", 32,
         "--device", "cpu", "--no-compile", "--seeds", 0, 1,
@@ -102,7 +107,10 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
     assert [row["tokens"] for row in rows] == [0, 128, 2560, 2816]
     assert [row["final"] for row in found["rows"] if row["tokens"]] == [False, False, True, True] * 2
     fields = {"recipe", "model", "seed", "tokens", "excess_nats", "excess_by_source", "base_loss", "gpu_seconds"}
-    assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"])
+    assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"] if row["recipe"] != "base")
+    assert all(("accuracy" in row) == row["final"] for row in found["rows"])
+    bases = [row for row in found["rows"] if row["recipe"] == "base"]
+    assert [row["accuracy_above_chance"] for row in bases] == [1]
     control = [row for row in found["rows"] if row["recipe"] == "softmax" and not row["tokens"]]
     assert all(row["excess_nats"] == 0 for row in control)
 
