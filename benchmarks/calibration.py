@@ -70,9 +70,8 @@ def calibrate(student: BrumbyForCausalLM, teacher: BrumbyForCausalLM, ids: Tenso
         h_theirs, h = t.input_layernorm(theirs), s.input_layernorm(ours)
         fit = Attention(s.self_attn, t.self_attn, h, h_theirs, rotation, options)
         fit.set_gates()
-        for _ in range(options.qk):
-            fit.set_q()
-            fit.set_k()
+        if options.qk:
+            fit.set_q_and_k()
         attended = theirs + t.self_attn(h_theirs, position_embeddings=rotation)
         y = fit.outputs()  # [N, T, HQ * K]
         if options.outputs:
@@ -194,6 +193,18 @@ class Attention:
         module, h = self.module, self.h
         q, k, v = self.queries(module, h), self.keys(module, h), module.v_proj(h).unflatten(-1, (-1, self.K))
         return module.retention(q, k, v, module.log_gate(h), None, None, None).flatten(2)
+
+    def set_q_and_k(self) -> None:
+        """Each head's matrix keeps its norm: retention does not depend on it, and the step that a learning rate
+        makes does."""
+        sizes = [(self.module.q_proj.weight, self.H * self.R), (self.module.k_proj.weight, self.H)]
+        norms = [weight.view(heads, -1).norm(dim=1, keepdim=True) for weight, heads in sizes]
+        for _ in range(self.options.qk):
+            self.set_q()
+            self.set_k()
+        for (weight, heads), norm in zip(sizes, norms, strict=True):
+            rows = weight.view(heads, -1)
+            rows *= norm / rows.norm(dim=1, keepdim=True)
 
     def set_q(self) -> None:
         weight = self.module.q_proj.weight.view(self.H, self.R, self.K, -1)
