@@ -353,7 +353,7 @@ class Run:
                     seconds += time.perf_counter() - started
 
     def calibrate(self, ids: Tensor, options: Calibration) -> float:
-        """Calibrate the student, or take what the last recipe's calibration gave if it was the same; its seconds."""
+        """Calibrate the student, or take what the last calibration gave if it was the same; its seconds."""
         key = options, self.student.config.p
         if self.calibrated is None or self.calibrated[0] != key:
             seconds = self.timed(calibrate, self.student, self.teacher, ids, options)
@@ -453,7 +453,7 @@ class Steps:
             return self.retrain(ids[:, :-1], ids[:, 1:].flatten())
 
     def warm_up(self, ids: Tensor) -> None:
-        """Compile what gradients need and, on a GPU, capture it in a graph: launching it takes longer than it runs."""
+        """Compile what gradients need; on a GPU capture it in a graph, for launching takes longer than running."""
         self.gradients(ids)
         self.forget_gradients()
         if self.run.device.type == "cuda":

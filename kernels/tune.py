@@ -19,6 +19,7 @@ from brumby.kernels.tiles import KERNELS, TABLES, WIDTHS, Table, key, slug, tria
 T, H, R = 4096, 4, 2
 DTYPES = (torch.bfloat16, torch.float32)
 STATE_WIDTHS = (64, 128)
+COPIED = 128  # bytes: where the copy engine may write in shared memory, and so the least that a row may have
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> Iterator[list[int]]:
@@ -26,7 +27,8 @@ def candidates(kernel: str, dtype: torch.dtype) -> Iterator[list[int]]:
     stages = range(1, 3 if dtype == torch.float32 else 4)
     if kernel in ("sum", "query", "gradient"):
         for BT, num_warps, num_stages in product((32, 64, 128), (4, 8), stages):
-            yield [BT, num_warps, num_stages]
+            if BT * dtype.itemsize >= COPIED:
+                yield [BT, num_warps, num_stages]
         return
     for BQ, BK, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (4, 8), stages):
         # Each walks over blocks of the other kind, which must divide its own
