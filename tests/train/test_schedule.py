@@ -16,6 +16,6 @@ def test_cosine_falls_over_all_that_follows_the_warmup():
     assert found == pytest.approx([0.5, 1.0, (1 + 2**-0.5) / 2, 0.5, 0.0])
 
 
-def test_a_schedule_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match=r"exceed the run's 1,000 tokens"):
+def test_a_schedule_longer_than_the_stage_is_refused():
+    with pytest.raises(ValueError, match=r"exceed the stage's 1,000 tokens"):
         lr_ratio(ScheduleConfig("wsd", warmup_tokens=700, decay_tokens=400), 0, 1000)
