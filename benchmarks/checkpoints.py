@@ -130,7 +130,7 @@ def measure(folder: Path, shape: str, every: int) -> dict:
         checkpoint_every=every,
         keep_checkpoints=1,
         measure_every=steps,
-        schedule=run_config.ScheduleConfig(name="cosine"),
+        stages={"retrain": run_config.StageConfig(schedule=run_config.ScheduleConfig(name="cosine"))},
         wandb=run_config.WandbConfig(mode="disabled"),
     )
     run_dir = runs.create(config)

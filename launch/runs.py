@@ -14,6 +14,7 @@ from brumby.data import Batches, check_divisible, load_tokenizer, schedule
 from brumby.train import config as run_config
 from brumby.train.checkpoint import problems
 from brumby.train.config import RunConfig
+from brumby.train.schedule import plan
 from brumby.train.status import completed, step_of
 
 
@@ -57,6 +58,7 @@ def await_run(config: DictConfig) -> Path:
 
 def check(run: RunConfig, num_ranks: int) -> None:
     """Everything that can be known to be wrong before a GPU is touched."""
+    plan(run)
     config_file = Path(run.model) / "config.json"
     if not config_file.is_file():
         raise ValueError(

@@ -84,6 +84,12 @@ def long_data(tiny_data: dict) -> dict:
     return tiny_data | {"phases": phases}
 
 
+def stage(lr: float = 1e-2, **changes) -> dict:
+    """A stage of a run, with one rate for all."""
+    schedule = {"name": "wsd", "warmup_tokens": 512, "decay_tokens": 1024}
+    return {"lr": lr, "gate_lr": lr, "schedule": schedule} | changes
+
+
 @pytest.fixture(scope="session")
 def make_run_in(tiny_model: Path, tiny_data: dict) -> Callable[..., Path]:
     """Make a run directory in a folder; keywords override fields of its configuration."""
@@ -101,8 +107,7 @@ def make_run_in(tiny_model: Path, tiny_data: dict) -> Callable[..., Path]:
             "zero_stage": 2,
             "checkpoint_every": 5,
             "measure_every": 4,
-            "optimizer": {"lr": 1e-2, "gate_lr": 1e-2},
-            "schedule": {"name": "wsd", "warmup_tokens": 512, "decay_tokens": 1024},
+            "stages": {"retrain": stage()},
             "wandb": {"mode": "disabled"},
         }
         return runs.create(run_config.from_omegaconf(values | changes))

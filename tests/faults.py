@@ -16,7 +16,7 @@ from pathlib import Path
 
 from brumby.train import __main__ as main
 from brumby.train import checkpoint, trainer
-from brumby.train.objective import CrossEntropy
+from brumby.train.objective import Objective
 
 
 def die() -> None:
@@ -78,7 +78,7 @@ write = checkpoint.write
 
 
 def install(faults: Faults) -> None:
-    train_step, forward, commit = trainer.Trainer.train_step, CrossEntropy.forward, checkpoint.Checkpoints._commit
+    train_step, forward, commit = trainer.Trainer.train_step, Objective.forward, checkpoint.Checkpoints._commit
     check_ranks = trainer.check_ranks
 
     def faulty_train_step(self, step: int) -> dict:
@@ -97,8 +97,7 @@ def install(faults: Faults) -> None:
         return row
 
     def faulty_forward(self, *args, **kwargs):
-        loss = forward(self, *args, **kwargs)
-        return loss * faults.factor() if self.training else loss
+        return tuple(loss * faults.factor() for loss in forward(self, *args, **kwargs))
 
     def faulty_commit(self, files) -> None:
         if faults.take("kill_in_commit"):
@@ -111,7 +110,7 @@ def install(faults: Faults) -> None:
             weights[0].view(-1)[0] += 1e-3
         check_ranks(weights, step, device)
 
-    trainer.Trainer.train_step, CrossEntropy.forward = faulty_train_step, faulty_forward
+    trainer.Trainer.train_step, Objective.forward = faulty_train_step, faulty_forward
     checkpoint.Checkpoints._commit, checkpoint.write, trainer.check_ranks = (
         faulty_commit,
         faults.write,

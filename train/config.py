@@ -1,5 +1,6 @@
 """What a run is: typed, validated once, and kept as `config.yaml` in the run's directory."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,17 +12,15 @@ from brumby.data import DataConfig
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. `gate_lr` is the peak rate of the new gate projections, `lr` that of all else."""
+    """AdamW; the rates are those of the stages."""
 
-    lr: float = 3e-4
-    gate_lr: float = 3e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "gate_lr", "eps", "clip_grad_norm"):
+        for name in ("eps", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -32,20 +31,73 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rates as a function of the tokens seen: see `brumby.train.schedule`."""
+    """Learning rates as a function of a stage's tokens: see `brumby.train.schedule`."""
 
     name: str = "wsd"
     warmup_tokens: int = 0
     decay_tokens: int = 0
     min_ratio: float = 0.0
 
-    def __post_init__(self) -> None:
+    def validate(self, where: str) -> None:
         if self.name not in ("wsd", "cosine"):
-            raise ValueError(f"schedule.name is {self.name!r}; expected 'wsd' or 'cosine'")
-        if self.warmup_tokens < 0 or self.decay_tokens < 0:
-            raise ValueError("schedule.warmup_tokens and schedule.decay_tokens must not be negative")
+            raise ValueError(f"{where}.name is {self.name!r}; expected 'wsd' or 'cosine'")
+        for name in ("warmup_tokens", "decay_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{where}.{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"schedule.min_ratio is {self.min_ratio}; expected a number in [0, 1]")
+            raise ValueError(f"{where}.min_ratio is {self.min_ratio}; expected a number in [0, 1]")
+
+
+@dataclass
+class StageConfig:
+    """A stretch of training with one objective: see `brumby.train.objective`.
+
+    Args:
+        tokens: Its length; the next stage begins at the first step at or after its end. None, in the last stage:
+            to the end of the data.
+        objective: "align" trains the mixers alone, each to give what the base's attention gives for the same
+            hidden states; "retrain" trains everything on the next token.
+        ce: Weight of the cross-entropy with the text, in retraining.
+        kl: Weight of the Kullback-Leibler divergence from the base's distribution, in retraining.
+        temperature: Of both distributions in that divergence.
+        lr: Peak learning rate.
+        mixer_lr: That of the mixers, without their gates; None: `lr`.
+        gate_lr: That of the gates.
+        schedule: Of all three, over the stage's tokens.
+    """
+
+    tokens: int | None = None
+    objective: str = "retrain"
+    ce: float = 1.0
+    kl: float = 0.0
+    temperature: float = 1.0
+    lr: float = 3e-4
+    mixer_lr: float | None = None
+    gate_lr: float = 3e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def validate(self, where: str) -> None:
+        """Raises ValueError for a value out of range, naming it as a field of `where`."""
+        if self.objective not in ("align", "retrain"):
+            raise ValueError(f"{where}.objective is {self.objective!r}; expected 'align' or 'retrain'")
+        for name in ("tokens", "temperature", "lr", "mixer_lr", "gate_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{where}.{name} is {value}; it must be above 0")
+        for name in ("ce", "kl"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{where}.{name} is {getattr(self, name)}; it must not be negative")
+        if self.ce == self.kl == 0:
+            raise ValueError(f"{where}.ce and {where}.kl are both 0; nothing is left to train on")
+        self.schedule.validate(f"{where}.schedule")
+
+    @property
+    def aligns(self) -> bool:
+        return self.objective == "align"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.aligns or self.kl > 0
 
 
 @dataclass
@@ -104,7 +156,10 @@ class RunConfig:
         keep_checkpoints: How many of the newest stay on disk.
         keep_every: A multiple of `checkpoint_every`; checkpoints of every so many steps stay too.
         step_timeout: Seconds after which a rank that has not finished its step ends itself, with a traceback.
-        measure_every: Steps between measurements of the base's loss and the gates on the step's batch.
+        measure_every: Steps between measurements of the base's loss and the gates on the step's batch, and, while
+            mixers are aligned, of the loss.
+        stages: By name; see `StageConfig`. Those that align come first, otherwise their order is that of the
+            file. Without any: one, `retrain`.
 
     Raises:
         ValueError: a value out of range, naming the field.
@@ -124,7 +179,7 @@ class RunConfig:
     step_timeout: float = 1800.0
     measure_every: int = 10
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -144,6 +199,9 @@ class RunConfig:
             )
         if not self.step_timeout > 0:
             raise ValueError(f"step_timeout is {self.step_timeout} seconds; it must be above 0")
+        self.stages = self.stages or {"retrain": StageConfig()}
+        for name, stage in self.stages.items():
+            stage.validate(f"stages.{name}")
 
     @property
     def run_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""From a converted checkpoint to a DeepSpeed engine, and the softmax base beside it."""
+"""From a converted checkpoint to a DeepSpeed engine, and the teacher beside it."""
 
 import os
 
@@ -12,7 +12,8 @@ from brumby.data import schedule
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import OptimizerConfig, RunConfig
 from brumby.train.guard import Guard
-from brumby.train.objective import CrossEntropy
+from brumby.train.objective import Objective
+from brumby.train.teacher import Base, Teacher
 
 
 def setup_distributed() -> torch.device:
@@ -61,26 +62,21 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """What is trained: matrices with weight decay, vectors without, gates without and at their own rate.
+    """What is trained, by its kind, with weight decay for matrices other than the gates'.
 
-    `peak_lr` is the group's learning rate at the top of the schedule.
+    The `kind` is that of the rates of a stage: "gates", "mixers" (the rest of the attention) or "rest".
     """
-    matrices, vectors, gates = [], [], []
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".g_proj." in name:
-            gates.append(parameter)
-        elif name.endswith(".bias") or "norm." in name:
-            vectors.append(parameter)
-        else:
-            matrices.append(parameter)
-    groups = [
-        {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.lr},
-        {"name": "vectors", "params": vectors, "weight_decay": 0.0, "peak_lr": config.lr},
-        {"name": "gates", "params": gates, "weight_decay": 0.0, "peak_lr": config.gate_lr},
+        kind = "gates" if ".g_proj." in name else "mixers" if ".self_attn." in name else "rest"
+        is_vector = name.endswith(".bias") or "norm." in name
+        groups.setdefault((kind, kind != "gates" and not is_vector), []).append(parameter)
+    return [
+        {"kind": kind, "params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (kind, decays), parameters in sorted(groups.items())
     ]
-    return [group | {"lr": group["peak_lr"]} for group in groups if group["params"]]
 
 
 def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -> BrumbyForCausalLM:
@@ -102,6 +98,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.Dee
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer),
+        lr=0.0,  # each step sets its stage's
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
         fused=device.type == "cuda",
@@ -109,18 +106,17 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.Dee
     # From the start: at stage 0 in bf16 DeepSpeed makes a step without gradients, which decays the weights.
     guard = Guard(optimizer, config.stability)
     engine, *_ = deepspeed.initialize(
-        model=CrossEntropy(model.train()), optimizer=optimizer, config=deepspeed_config(config, world_size)
+        model=Objective(model.train()), optimizer=optimizer, config=deepspeed_config(config, world_size)
     )
     return engine, guard
 
 
-def build_base(config: RunConfig, device: torch.device) -> nn.Module:
-    """The base model, frozen: softmax attention with the carried weights, for the reference line."""
+def build_teacher(config: RunConfig, device: torch.device) -> Teacher:
+    """The base model, frozen: a whole copy on each rank, or under ZeRO-3 its part of one."""
     world_size = dist.get_world_size()
     model = load_model(config, world_size, use_exp=True, train=False).eval().requires_grad_(False)
-    objective = CrossEntropy(model)
     if config.zero_stage != 3:
-        return objective.to(device)
-    engine, *_ = deepspeed.initialize(model=objective, config=deepspeed_config(config, world_size, train=False))
+        return Teacher(Base(model).to(device), model)
+    engine, *_ = deepspeed.initialize(model=Base(model), config=deepspeed_config(config, world_size, train=False))
     engine.eval()
-    return engine
+    return Teacher(engine, model)

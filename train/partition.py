@@ -73,8 +73,16 @@ def shapes(engine: "DeepSpeedEngine") -> dict[str, list[int]]:
 
 
 def num_updates(engine: "DeepSpeedEngine") -> int:
-    """How often AdamW has stepped; its bias correction depends on it."""
+    """How often AdamW has stepped since its moments were begun; its bias correction depends on it."""
     return max((int(state["step"].item()) for state in engine.basic_optimizer.state.values() if state), default=0)
+
+
+@torch.no_grad()
+def forget_moments(engine: "DeepSpeedEngine") -> None:
+    """Begin AdamW's moments and its bias correction anew."""
+    for state in engine.basic_optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
 
 
 @torch.no_grad()

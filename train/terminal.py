@@ -12,24 +12,30 @@ STEP_LINE = re.compile(r"step (\d+)/(\d+)  phase .*")
 FIELD = re.compile(r"(\S+) (\S+)(?:  |$)")
 
 
-def step_line(row: dict, num_steps: int, base_loss: float | None) -> str:
+def step_line(row: dict, num_steps: int, loss: float | None, base_loss: float | None) -> str:
     """A row of `metrics.jsonl` as `name value` pairs, two spaces between them.
 
     Args:
-        base_loss: the last one measured, in nats.
+        loss, base_loss: the last ones known, in nats.
     """
     left = datetime.timedelta(seconds=round((num_steps - row["step"]) * row["step_seconds"]))
     fields = {
         "step": f"{row['step']}/{num_steps}",
         "phase": row["phase"],
-        "loss": "-" if row["loss"] is None else f"{row['loss']:.3f}",
-        "base": "-" if base_loss is None else f"{base_loss:.3f}",
+        "stage": row["stage"],
+        "objective": number(row["objective"]),
+        "loss": number(loss),
+        "base": number(base_loss),
         "tokens": f"{row['tokens_seen']:,}",
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
         "MFU": f"{row['mfu']:.1%}",
         "left": str(left).replace(" ", ""),
     }
     return "  ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 class LiveLog:

@@ -1,4 +1,4 @@
-"""The training loop. A step: take its batches, sum the loss over them, step, measure, record."""
+"""The training loop. A step: take its batches, sum its stage's loss over them, step, measure, record."""
 
 import faulthandler
 import json
@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,13 +18,13 @@ from torch import Tensor
 from brumby.data import Batch, Batches, check_divisible
 from brumby.data.batches import IGNORE_INDEX
 from brumby.train.checkpoint import Checkpoints
-from brumby.train.config import RunConfig
-from brumby.train.engine import build_base, build_engine, setup_distributed
+from brumby.train.config import RunConfig, StageConfig
+from brumby.train.engine import build_engine, build_teacher, setup_distributed
 from brumby.train.guard import DivergenceError, check_ranks
 from brumby.train.objective import inputs
-from brumby.train.partition import comparable, num_updates
+from brumby.train.partition import comparable, forget_moments, num_updates
 from brumby.train.plot import plot_loss
-from brumby.train.schedule import lr_ratio
+from brumby.train.schedule import Stage, plan
 from brumby.train.terminal import LiveLog, step_line
 from brumby.train.throughput import flops_per_token, peak_flops
 from brumby.train.tracking import MetricsFile, Wandb, read_metrics
@@ -46,8 +47,8 @@ class Trainer:
     def __init__(self, config: RunConfig, beat: Callable[[], None]) -> None:
         self.config, self.beat = config, beat
         self.batches = Batches(config.data)
-        self.total_tokens = self.batches.tokens_seen(self.batches.num_steps)
-        lr_ratio(config.schedule, 0, self.total_tokens)  # fails here, not after the models are loaded
+        self.stages = plan(config)  # fails here, not after the models are loaded
+        self.stage = self.stages[0]  # that the optimizer's moments are of
         self.stop = False
         self.checkpoint_seconds = 0.0  # that the training waited for the checkpoint before the next step
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -59,13 +60,11 @@ class Trainer:
         for phase in self.batches.phases:
             check_divisible(phase.sequences_per_step, self.world_size, config.micro_batch)
         self.engine, self.guard = build_engine(config, self.device)
-        self.base = build_base(config, self.device)
+        self.teacher = build_teacher(config, self.device)
         self.checkpoints = Checkpoints(config, self.engine, self.device)
         model = self.engine.module.model
-        self.layers = model.model.layers
+        self.layers, self.model_config = model.model.layers, model.config
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        lengths = [phase.sequence_length for phase in self.batches.phases]
-        self.flops_per_token = [flops_per_token(model.config, length) for length in lengths]  # of each phase
         self.peak_flops = peak_flops(self.device, precision) * self.world_size
 
     def _on_signal(self, number: int, _frame) -> None:
@@ -91,7 +90,9 @@ class Trainer:
         config, num_steps = self.config, self.batches.num_steps
         state = self.restore(self.checkpoints.load())
         step, started = state["step"], time.monotonic() - state["wall_seconds"]
-        recorder = Recorder(config, self.batches, step, self.world_size) if self.rank == 0 else None
+        recorder = None
+        if self.rank == 0:
+            recorder = Recorder(config, self.batches, self.stages, step, self.world_size)
         try:
             while step < num_steps:
                 row = self.train_step(step)
@@ -134,6 +135,7 @@ class Trainer:
             "zero_stage": self.config.zero_stage,
             "fingerprint": self.batches.fingerprint,
             "wall_seconds": wall_seconds,
+            "stage": self.stage.name,
             "guard": self.guard.state(),
         }
 
@@ -147,6 +149,7 @@ class Trainer:
                 "A resumed run needs the same"
             )
         self.guard.restore(state["guard"])
+        self.stage = next(stage for stage in self.stages if stage.name == state["stage"])
         return state
 
     def go_back(self, step: int) -> int:
@@ -181,55 +184,61 @@ class Trainer:
         config, world = self.config, self.world_size
         batches = self.batches.micro_batches(step, self.rank, world, config.micro_batch)
         phase_index, phase = self.batches.phase_of(step)
+        stage = [stage for stage in self.stages if stage.first_step <= step][-1]
         tokens_seen = self.batches.tokens_seen(step + 1)  # with this step
         if phase.sequences_per_step != self.engine.train_batch_size():
             self.engine.set_train_batch_size(phase.sequences_per_step)
             self.engine.micro_steps = 0  # DeepSpeed steps where their number is a multiple of the accumulation
+        if stage != self.stage:  # another loss: its moments would say nothing of the new one's
+            forget_moments(self.engine)
+            self.guard.forget()
+            self.stage = stage
+        if step == phase.first_step:
+            self.guard.forget()  # other data, another loss: no spike
         measure = step % config.measure_every == 0 or step == self.batches.num_steps - 1
 
         local_valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         (num_valid,) = self.all_reduce([local_valid])
-        ratio = lr_ratio(config.schedule, tokens_seen, self.total_tokens)
+        rates = stage.rates(tokens_seen)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * ratio
+            group["lr"] = rates[group["kind"]]
 
         measuring = time.perf_counter()
-        base_loss = self.base_loss(batches, num_valid) if measure else None
+        sums = self.measure(stage.config, batches) if measure else {}
         start += time.perf_counter() - measuring  # throughput is that of training alone
         gates = GateStatistics(self.layers) if measure else None
-        if step == phase.first_step:
-            self.guard.forget()  # other data, another loss: no spike
-        loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             if i > 0:
                 self.engine.step()  # within the accumulation: counts micro-batches
-            loss = self.engine(**inputs(batch, self.device))
-            loss_sum += loss.detach()
+            objective = self.accumulate(sums, stage.config, batch, measure)
             # DeepSpeed averages over ranks and micro-batches; the loss is a mean over all valid tokens.
-            self.engine.backward(loss / num_valid * world * len(batches))
+            self.engine.backward(objective / num_valid * world * len(batches))
         flags = [float(self.stop), float(self.checkpoints.pending)]
-        loss, stop, pending = self.all_reduce([loss_sum.item(), *flags])
+        *totals, stop, pending = self.all_reduce([*(value.item() for value in sums.values()), *flags])
         self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
-        loss /= num_valid
-        grad_norm, verdict = self.guard.step(self.engine, loss, plain_grad_norm(self.engine))
+        means = {name: total / num_valid for name, total in zip(sums, totals, strict=True)}
+        grad_norm, verdict = self.guard.step(self.engine, means["objective"], plain_grad_norm(self.engine))
         self.checkpoints.settle(pending > 0)
 
         seconds = time.perf_counter() - start
         rate = phase.tokens_per_step / seconds
-        row = {
+        flops = flops_per_token(self.model_config, phase.sequence_length, stage.config)
+        row: dict = {
             "step": step + 1,
             "tokens_seen": tokens_seen,
             "phase": phase.name,
             "phase_index": phase_index,
-            "loss": finite(loss),
-            "base_loss": base_loss,
-            "lr": config.optimizer.lr * ratio,
-            "gate_lr": config.optimizer.gate_lr * ratio,
+            "stage": stage.name,
+            "stage_index": stage.index,
+            **{name: finite(means.get(name)) for name in ("objective", "loss", "base_loss")},
+            "lr": rates["rest"],
+            "mixer_lr": rates["mixers"],
+            "gate_lr": rates["gates"],
             "grad_norm": finite(grad_norm),
             "valid_tokens": int(num_valid),
             "skipped_steps": self.guard.skipped,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token[phase_index] / self.peak_flops,
+            "mfu": rate * flops / self.peak_flops,
             "step_seconds": seconds,
             "checkpoint_seconds": self.checkpoint_seconds,
             "memory_bytes": memory_bytes(self.device),
@@ -242,11 +251,27 @@ class Trainer:
                 log.warning("step %d is not applied: %s", step + 1, verdict)
         return row | (gates.row() if gates is not None else {})
 
+    def accumulate(self, sums: dict[str, Tensor], stage: StageConfig, batch: Batch, measure: bool) -> Tensor:
+        """A micro-batch's objective, with its graph; what is known of its losses is added to `sums`."""
+        tensors, taught = inputs(batch, self.device), None
+        if stage.needs_teacher:
+            taught = self.teacher(tensors, attentions=stage.aligns, loss=measure)
+        with self.teacher.whole_head() if stage.kl else nullcontext():
+            objective, loss = self.engine(**tensors, stage=stage, taught=taught)
+        add(sums, objective=objective.detach(), loss=loss, base_loss=taught.ce if taught else None)
+        return objective
+
     @torch.no_grad()
-    def base_loss(self, batches: list[Batch], num_valid: float) -> float:
-        """The softmax base's loss on the same batches."""
-        loss = sum(self.base(**inputs(batch, self.device)).item() for batch in batches)
-        return self.all_reduce([loss])[0] / num_valid
+    def measure(self, stage: StageConfig, batches: list[Batch]) -> dict[str, Tensor]:
+        """The losses of model and base on a step's batches, as far as its training does not show them."""
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            tensors = inputs(batch, self.device)
+            if stage.aligns:
+                add(sums, loss=self.engine(**tensors)[1])
+            elif not stage.needs_teacher:
+                add(sums, base_loss=self.teacher(tensors, loss=True).ce)
+        return sums
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
@@ -283,14 +308,17 @@ class GateStatistics:
 class Recorder:
     """Rank 0's side of the run: metrics, wandb, the terminal, the picture and the summary."""
 
-    def __init__(self, config: RunConfig, batches: Batches, first_step: int, world_size: int) -> None:
-        self.config, self.batches = config, batches
+    def __init__(
+        self, config: RunConfig, batches: Batches, stages: list[Stage], first_step: int, world_size: int
+    ) -> None:
+        self.config, self.batches, self.stages = config, batches, stages
         self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
         self.wandb = Wandb(config, {"world_size": world_size})
         self.terminal = LiveLog().__enter__()
         self.drawn = time.monotonic()
-        measured = [r["base_loss"] for r in read_metrics(config.run_dir / "metrics.jsonl") if r["base_loss"]]
-        self.last_base_loss: float | None = measured[-1] if measured else None
+        self.last: dict[str, float | None] = {"loss": None, "base_loss": None}
+        for row in read_metrics(config.run_dir / "metrics.jsonl"):
+            self.remember(row)
         for name, epochs in batches.epochs.items():
             if epochs > 1:
                 log.warning("source %s is repeated: %.1f epochs", name, epochs)
@@ -298,19 +326,23 @@ class Recorder:
     def record(self, row: dict) -> None:
         self.metrics.write(row)
         self.wandb.log(row)
-        self.last_base_loss = row["base_loss"] or self.last_base_loss
-        self.terminal.write(step_line(row, self.batches.num_steps, self.last_base_loss))
+        self.remember(row)
+        self.terminal.write(step_line(row, self.batches.num_steps, **self.last))
         if time.monotonic() - self.drawn > DRAW_SECONDS:
             self.draw()
+
+    def remember(self, row: dict) -> None:
+        self.last |= {name: row[name] for name in self.last if row[name] is not None}
 
     def draw(self) -> list[dict]:
         """Draw `loss.png` from the rows so far, if the disk has space; returns them."""
         self.drawn = time.monotonic()
         run_dir = self.config.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
-        starts = [(phase.name, phase.first_token) for phase in self.batches.phases]
+        phases = [(phase.name, phase.first_token) for phase in self.batches.phases]
+        stages = [(stage.name, stage.first_token) for stage in self.stages]
         try:
-            plot_loss(rows, starts, run_dir / "loss.png")
+            plot_loss(rows, phases, stages, run_dir / "loss.png")
         except OSError as error:
             log.warning("loss.png is not drawn: %s", error)
         else:
@@ -333,6 +365,7 @@ class Recorder:
             "steps": rows[-1]["step"],
             "skipped_steps": rows[-1]["skipped_steps"],
             "phases": list(dict.fromkeys(row["phase"] for row in rows)),
+            "stages": list(dict.fromkeys(row["stage"] for row in rows)),
             "wall_seconds": wall_seconds,
             "device": device_name(device),
         }
@@ -343,9 +376,16 @@ class Recorder:
         self.wandb.finish(summary)
 
 
-def finite(value: float) -> float | None:
+def add(sums: dict[str, Tensor], **values: Tensor | None) -> None:
+    """Add to the sums, which begin at nothing, those values that there are."""
+    for name, value in values.items():
+        if value is not None:
+            sums[name] = sums[name] + value if name in sums else value
+
+
+def finite(value: float | None) -> float | None:
     """`value`, or None for what JSON cannot hold."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def plain_grad_norm(engine) -> Tensor | None:

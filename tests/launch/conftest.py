@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import stage
+
 PACKAGES = {"ip": "iproute2", "pdsh": "pdsh", "ssh": "openssh-client", "sshd": "openssh-server"}
 QUICK = "-o ConnectTimeout=2 -o ServerAliveInterval=4 -o ServerAliveCountMax=3"  # the first of each counts for ssh
 SYSTEM_PATH = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
@@ -37,8 +39,8 @@ def elastic(long_data: dict) -> dict:
 
     At the other tests' rate a difference in the seventh digit grows tenfold a step, without any resume.
     """
-    rates = {"lr": 5e-4, "gate_lr": 5e-4}
-    return {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "optimizer": rates, "zero_stage": 2}
+    stages = {"retrain": stage(lr=5e-4)}
+    return {"data": long_data | {"sequences_per_step": 12}, "micro_batch": 1, "stages": stages, "zero_stage": 2}
 
 
 @dataclass

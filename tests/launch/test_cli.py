@@ -15,7 +15,7 @@ import brumby.configs
 from brumby.data import DataConfig, phase_starts
 from brumby.launch import cli, runs
 from brumby.train import config as run_config
-from brumby.train.schedule import lr_ratio
+from brumby.train.schedule import plan
 
 EXPERIMENTS = sorted(f.stem for f in (Path(brumby.configs.__file__).parent / "experiment").glob("*.yaml"))
 
@@ -47,9 +47,12 @@ def test_every_experiment_composes_and_validates(experiment, command):
         composed.pop(name, None)
     run = run_config.from_omegaconf(composed)
     assert DataConfig.from_dict(cli.plain(composed.data)) == run.data
-    total = phase_starts(run.data)[-1] * run.data.sequence_length * run.data.sequences_per_step
-    assert lr_ratio(run.schedule, run.schedule.warmup_tokens, total) == 1.0
-    assert lr_ratio(run.schedule, total, total) == pytest.approx(run.schedule.min_ratio)
+    stages, total = plan(run), phase_starts(run.data)[-1] * run.data.sequence_length * run.data.sequences_per_step
+    assert sum(stage.num_tokens for stage in stages) == total
+    for stage in stages:
+        peak, last = stage.config.gate_lr, stage.config.gate_lr * stage.config.schedule.min_ratio
+        assert stage.rates(stage.first_token + stage.config.schedule.warmup_tokens)["gates"] == peak
+        assert stage.rates(stage.first_token + stage.num_tokens)["gates"] == pytest.approx(last)
 
 
 def test_the_published_run_is_the_published_run():
@@ -80,9 +83,9 @@ def test_help_shows_every_field_with_its_comment(command, capsys):
 
 
 def test_cfg_job_shows_the_resolved_configuration(capsys):
-    assert cli.main(["train", "experiment=demo", "optimizer.lr=0.5", "--cfg", "job"]) == 0
+    assert cli.main(["train", "experiment=demo", "stages.retrain.lr=0.5", "--cfg", "job"]) == 0
     shown = OmegaConf.create(capsys.readouterr().out)
-    assert (shown.name, shown.optimizer.lr, shown.data.sequence_length) == ("demo", 0.5, 256)
+    assert (shown.name, shown.stages.retrain.lr, shown.data.sequence_length) == ("demo", 0.5, 256)
 
 
 def test_an_experiment_of_ones_own(tmp_path, capsys):
@@ -100,8 +103,17 @@ def test_an_experiment_of_ones_own(tmp_path, capsys):
         (["train", "experiment=nothing"], "nothing"),
         (["train", "optimiser.lr=1"], "optimiser"),
         (["train"], "name"),
-        (["train", "experiment=demo", "optimizer.lr=fast"], "optimizer.lr"),
-        (["train", "experiment=demo", "optimizer.lr=-1"], "optimizer.lr is -1"),
+        (["train", "experiment=demo", "stages.retrain.lr=fast"], "stages.retrain.lr"),
+        (["train", "experiment=demo", "stages.retrain.lr=-1"], "stages.retrain.lr is -1"),
+        (["train", "experiment=demo", "stages.align.objective=agree"], "stages.align.objective is 'agree'"),
+        (["train", "experiment=demo", "stages.retrain.kl=-1"], "stages.retrain.kl is -1"),
+        (["train", "experiment=demo", "stages.retrain.ce=0", "stages.retrain.kl=0"], "are both 0"),
+        (["train", "experiment=demo", "stages.retrain.mixer_lr=0"], "stages.retrain.mixer_lr is 0"),
+        (["train", "experiment=demo", "stages.retrain.schedule.min_ratio=2"], "stages.retrain.schedule.min_ratio"),
+        (["train", "experiment=demo", "stages.align.tokens=null"], "stages.align.tokens is missing"),
+        (["train", "experiment=demo", "stages.align.tokens=40000"], "stages.align.tokens is 40,000"),
+        (["train", "experiment=demo", "stages.align.tokens=2048"], "stages.align.schedule: warm-up"),
+        (["train", "experiment=demo", "stages.retrain.tokens=9999"], "stages.retrain.tokens is 9,999"),
         (["train", "experiment=demo", "zero_stage=4"], "zero_stage is 4"),
         (["train", "experiment=demo", "model=/nowhere"], "make one with `brumby convert"),
         (["train", "resume=/nowhere"], "is no run"),

@@ -20,7 +20,7 @@ from brumby.data import Batches
 from brumby.launch.runs import create_or_resume, find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
-from brumby.train.objective import CrossEntropy
+from brumby.train.objective import Objective
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
 from tests.conftest import WITH_TESTS
@@ -173,7 +173,7 @@ def test_bad_data_is_jumped_over(make_run, long_data):
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.weight(name))
         (batch,) = Batches(config.data).micro_batches(15, 0, 1, 8)
-        loss = CrossEntropy(model)(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
+        _, loss = Objective(model)(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
     assert rows[15]["loss"] == pytest.approx(loss.item() / rows[15]["valid_tokens"], abs=1e-5)
 
 

@@ -5,15 +5,18 @@ from rich.console import Console
 from brumby.train.terminal import LiveLog, step_line
 
 ROW = {
-    "step": 3, "phase": "code", "loss": 4.5678, "tokens_seen": 3072, "tokens_per_second": 128.4, "mfu": 0.4321,
-    "step_seconds": 2.0,
+    "step": 3, "phase": "code", "stage": "align", "objective": 0.25, "loss": None, "tokens_seen": 3072,
+    "tokens_per_second": 128.4, "mfu": 0.4321, "step_seconds": 2.0,
 }  # fmt: skip
 
 
 def test_a_step_line_says_it_all():
-    expected = "step 3/10  phase code  loss 4.568  base 2.100  tokens 3,072  tokens/s 128  MFU 43.2%  left 0:00:14"
-    assert step_line(ROW, 10, 2.1) == expected
-    assert "base -" in step_line(ROW, 10, None)
+    expected = (
+        "step 3/10  phase code  stage align  objective 0.250  loss 4.568  base 2.100  tokens 3,072  tokens/s 128  "
+        "MFU 43.2%  left 0:00:14"
+    )
+    assert step_line(ROW, 10, 4.5678, 2.1) == expected
+    assert "base -" in step_line(ROW, 10, 4.5678, None)
 
 
 def shown(terminal: bool) -> str:
@@ -22,7 +25,7 @@ def shown(terminal: bool) -> str:
     with LiveLog(console) as log:
         log.write("[rank 0] a warning [not markup]\n")
         for step in (3, 4):
-            log.write("host1: " + step_line(ROW | {"step": step}, 10, None) + "\n")
+            log.write("host1: " + step_line(ROW | {"step": step}, 10, None, None) + "\n")
     return out.getvalue()
 
 

@@ -22,7 +22,7 @@ from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
-from tests.conftest import WITH_TESTS, start_ranks, train
+from tests.conftest import WITH_TESTS, stage, start_ranks, train
 
 TOLERANCES = {"fp32": {"abs": 2e-5}, "bf16": {"rel": 0.01}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +74,7 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None, train
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         seen = batches.tokens_seen(step + 1)
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
+            group["lr"] = config.stages["retrain"].lr * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
         optimizer.step()
         copy.load_state_dict(model.state_dict())
     return found
@@ -116,7 +116,7 @@ def test_two_ranks_at_every_zero_stage_train_as_one(trained, zero_stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_trains_float32_masters(trained, zero_stage):
-    run_dir = trained(zero_stage=zero_stage, precision="bf16", optimizer={"lr": 5e-3, "gate_lr": 5e-3})
+    run_dir = trained(zero_stage=zero_stage, precision="bf16", stages={"retrain": stage(lr=5e-3)})
     assert losses(run_dir) == pytest.approx(plain_losses(run_dir), rel=3e-3)
     for name, weight in weights(run_dir).items():
         assert (weight.bfloat16().float() != weight).float().mean() > 0.9, f"{name} is no more precise than bf16"
@@ -128,7 +128,7 @@ def test_bf16_trains_float32_masters(trained, zero_stage):
 )
 def test_frozen_parameters_stay_as_they_are(make_run, zero_stage, then, precision):
     """The mixers are trained alone, by two ranks; then one takes up the checkpoint of step 5 at another stage."""
-    options = {"zero_stage": zero_stage, "precision": precision, "optimizer": {"lr": 1e-3, "gate_lr": 1e-3}}
+    options = {"zero_stage": zero_stage, "precision": precision, "stages": {"retrain": stage(lr=1e-3)}}
     run_dir = make_run(**options, activation_checkpointing=True, keep_checkpoints=3)
     frozen_ranks = {"module": "frozen", "PYTHONPATH": WITH_TESTS}
     train(run_dir, num_ranks=2, **frozen_ranks)
@@ -240,7 +240,7 @@ def test_resuming_on_other_data_is_refused(trained, tmp_path):
 
 @pytest.mark.slow
 def test_divergence_stops_the_run(make_run):
-    run_dir = make_run(optimizer={"lr": 1e30, "gate_lr": 1e30}, stability={"max_in_a_row": 3})
+    run_dir = make_run(stages={"retrain": stage(lr=1e30)}, stability={"max_in_a_row": 3})
     assert "and there is no checkpoint from before them" in train(run_dir, expected=1)
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows if "not_applied" in row] == [2, 3, 4]
