@@ -372,7 +372,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 B, T = CASES[row["case"]]
                 lines.setdefault(row["implementation"], []).append((T, row["ms"] * 1e3 / (B * T)))
         for name, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), label=name, marker="o", linewidth=2 if name == "brumby" else 1)
+            width = 2 if name == "brumby" else 1
+            panel.plot(*zip(*sorted(points), strict=True), label=name, marker="o", linewidth=width)
         panel.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="microseconds a token")
         panel.set_title(direction)
         panel.set_xticks([T for _, T in CASES.values()], labels=list(CASES))
