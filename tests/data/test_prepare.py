@@ -241,7 +241,10 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_work_killed_at_random_ends_the_same(make_config, texts, tmp_path):
-    """Duplicates and contaminated documents among it. BRUMBY_PREPARE_KILLS=20 does it on much more text."""
+    """Duplicates and contaminated documents among it.
+
+    BRUMBY_PREPARE_KILLS=20 does it on 100 GB in small: 360 shards, as many as that much text makes at 64M tokens.
+    """
     kills = int(os.environ.get("BRUMBY_PREPARE_KILLS", "2"))
     rng = random.Random(kills)
     wiki, code = (texts(num_documents, seed) for num_documents, seed in ((1500 * kills, 7), (500 * kills, 8)))
