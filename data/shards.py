@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import mmap
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ OPEN_SHARDS = 512  # that a source keeps mapped; Linux allows a process 65,530 m
 NPY_HEADER = 128  # bytes that NumPy writes before a row of numbers
 
 
-@dataclass
+@dataclass(slots=True)
 class Shard:
     """One pair of files.
 
@@ -121,7 +120,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST}, so no token shards; make them with `brumby prepare`")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_bytes(), object_hook=_shard_or_dict)
             version = values["format_version"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove {folder} and prepare it again") from error
@@ -132,7 +131,6 @@ class Manifest:
             )
         try:
             totals = values.pop("num_documents"), values.pop("num_tokens")
-            values["shards"] = [Shard(**shard) for shard in values["shards"]]
             manifest = cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove {folder} and prepare it again") from error
@@ -142,20 +140,25 @@ class Manifest:
         return manifest
 
     def _check_sizes(self, folder: Path) -> None:
-        with os.scandir(folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries}
         for shard in self.shards:
             for name, expected in (
                 (f"{shard.name}.bin", shard.num_tokens * self.numpy_dtype.itemsize),
                 (f"{shard.name}.idx.npy", NPY_HEADER + 8 * (shard.num_documents + 1)),
                 (f"{shard.name}.hash.npy", NPY_HEADER + 8 * shard.num_documents),
             ):
-                if sizes.get(name) != expected:
-                    state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+                path = folder / name
+                size = path.stat().st_size if path.exists() else None
+                if size != expected:
+                    state = "is missing" if size is None else f"has {size} bytes"
                     raise ValueError(
-                        f"{folder / name} {state}; the manifest names {expected}. "
+                        f"{path} {state}; the manifest names {expected}. "
                         f"Copy the file again, or remove {folder} and prepare it again"
                     )
+
+
+def _shard_or_dict(values: dict[str, Any]) -> Shard | dict[str, Any]:
+    """A shard's object as soon as it is read: of tens of thousands, dictionaries would take twice the memory."""
+    return Shard(**values) if "index_sha256" in values else values
 
 
 class _MappedShard:
