@@ -15,7 +15,14 @@ from brumby.data.batches import IGNORE_INDEX
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import RunConfig, StageConfig, load
-from brumby.train.objective import Objective, Taught, inputs, retraining
+from brumby.train.objective import (
+    Objective,
+    Taught,
+    fused_cross_entropy,
+    fused_divergence,
+    inputs,
+    retraining,
+)
 from brumby.train.status import completed, step_of
 from brumby.train.teacher import Base, Teacher
 from brumby.train.tracking import read_metrics
@@ -243,3 +250,22 @@ def test_divergence_and_cross_entropy_are_those_of_pytorch_in_float64(device, ce
     assert found_nats.item() == pytest.approx(nats, rel=tolerance)
     for grad, expected in ((hidden.grad, dx), (head.weight.grad, dw)):
         assert (grad.double().cpu() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands in for a GPU")
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_fused_losses_are_those_of_pytorch_in_float64(temperature):
+    """What a GPU runs, from Liger, in Triton's interpreter."""
+    head, hidden, taught, labels = random_logits("cpu", torch.float32)
+    for terms, call in (
+        (
+            StageConfig(ce=0.0, kl=temperature**-2, temperature=temperature),
+            lambda: fused_divergence(head.weight, hidden, taught, labels, temperature),
+        ),
+        (StageConfig(), lambda: fused_cross_entropy(head.weight, hidden, labels)),
+    ):
+        objective, _, dx, dw = expected_retraining(head, hidden, taught, labels, terms)
+        found = call()
+        assert found.item() == pytest.approx(objective, rel=1e-5)
+        for grad, expected in zip(torch.autograd.grad(found, (hidden, head.weight)), (dx, dw), strict=True):
+            assert (grad.double() - expected).norm() <= 1e-5 * expected.norm()
