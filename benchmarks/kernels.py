@@ -102,8 +102,10 @@ def forms(T: int, peers: list[str]) -> dict[str, Form]:
         found["flash-attention-2"] = softmax(SDPBackend.FLASH_ATTENTION)
     if "retention" in peers:
         found["retention"] = retention(CHUNK)
+        if T <= SWITCH:
+            found["retention, attention form"] = retention(None)
     if "fla" in peers:
-        found["fla simple_gla"] = simple_gla
+        found["fla simple_gla (constant decay)"] = simple_gla
     return found
 
 

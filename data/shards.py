@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import mmap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ class Shard:
     file: int
     row: int
     dropped_bytes: int
+
+
+SHARD_FIELDS = {field.name for field in fields(Shard)}
 
 
 @dataclass
@@ -131,6 +134,7 @@ class Manifest:
             )
         try:
             totals = values.pop("num_documents"), values.pop("num_tokens")
+            values["shards"] = [s if isinstance(s, Shard) else Shard(**s) for s in values["shards"]]
             manifest = cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove {folder} and prepare it again") from error
@@ -147,7 +151,7 @@ class Manifest:
                 (f"{shard.name}.hash.npy", NPY_HEADER + 8 * shard.num_documents),
             ):
                 path = folder / name
-                size = path.stat().st_size if path.exists() else None
+                size = _size(path)
                 if size != expected:
                     state = "is missing" if size is None else f"has {size} bytes"
                     raise ValueError(
@@ -158,7 +162,15 @@ class Manifest:
 
 def _shard_or_dict(values: dict[str, Any]) -> Shard | dict[str, Any]:
     """A shard's object as soon as it is read: of tens of thousands, dictionaries would take twice the memory."""
-    return Shard(**values) if "index_sha256" in values else values
+    return Shard(**values) if values.keys() == SHARD_FIELDS else values
+
+
+def _size(path: Path) -> int | None:
+    """Bytes, or None where there is no file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 class _MappedShard:

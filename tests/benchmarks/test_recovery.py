@@ -11,6 +11,7 @@ from torch import Tensor
 from brumby.benchmarks import recovery
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
+from brumby.benchmarks.recovery_steps import Stage, Steps
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
 
@@ -80,6 +81,16 @@ def test_q_and_k_under_norms_are_not_fitted() -> None:
         calibrate(student, teacher, torch.randint(97, (1, 8)), Calibration(qk=1))
 
 
+def test_fitted_q_and_k_keep_the_norm_of_each_head() -> None:
+    student, teacher = pair(qk_norm=False)
+    calibrate(student, teacher, torch.randint(97, (4, 32)), Calibration(qk=1))
+    for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
+        for name in ("q_proj", "k_proj"):
+            found, before = (getattr(layer.self_attn, name).weight.view(-1, 8 * 32) for layer in (ours, theirs))
+            torch.testing.assert_close(found.norm(dim=1), before.norm(dim=1), rtol=1e-5, atol=0)
+            assert ((found - before).norm(dim=1) > 0.1 * before.norm(dim=1)).all()
+
+
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 64).astype(np.uint16))
@@ -123,6 +134,6 @@ def test_alignment_loss_falls(tiny_model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 8).astype(np.uint16))
     np.savez(tmp_path / "held.npz", one=rng.integers(257, size=33 * 4))
     run = recovery.Run(tiny_model, tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
-    steps = recovery.Steps(run, recovery.Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2))
+    steps = Steps(run, Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2))
     losses = [steps.step(i, run.train_ids[:4].long()).item() for i in range(steps.num_steps)]
     assert losses[-1] < 0.5 * losses[0]

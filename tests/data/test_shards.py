@@ -56,6 +56,11 @@ def test_damage_is_named(folder: Path):
 
     rewrite(format_version=1)
     expect("has format version 1, this is version 2")
+    first, *others = manifest["shards"]
+    rewrite(format_version=1, shards=[first | {"of_another_version": 1}, *others])
+    expect("has format version 1, this is version 2")
+    rewrite(shards=[{name: value for name, value in first.items() if name != "index_sha256"}, *others])
+    expect("manifest.json is damaged .*index_sha256")
     rewrite(num_tokens=7)
     expect("its totals .* are not the sum")
     (folder / "manifest.json").write_text("{")

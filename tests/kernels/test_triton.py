@@ -254,6 +254,21 @@ def test_states_without_a_kernel_are_made_with_a_warning():
     assert state.s.shape == (1, 1, 96 * 97 // 2, 96)
 
 
+def test_rows_fill_what_the_copy_engine_writes_at_once():
+    """TMA writes shared memory at multiples of 128 bytes; a row of the expanded keys has BT numbers."""
+    from brumby.kernels import tiles, tune
+
+    sizes = {"bfloat16": 2, "float32": 4}
+    for kernel in ("sum", "query", "gradient"):
+        rows = [(key, tile) for path in tiles.TABLES.glob("*.json")
+                for key, tile in json.loads(path.read_text())["tiles"][kernel].items()]  # fmt: skip
+        for dtype in (F32, BF16):
+            rows += [(tiles.key(dtype, 64), tile) for tile in tune.candidates(kernel, dtype)]
+        assert rows
+        for key, tile in rows:
+            assert tile[0] * sizes[key.split()[0]] % 128 == 0, (kernel, key, tile)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="what is tested is the choice, not the time")
 def test_tune_writes_the_fastest_tiles_and_resumes(tmp_path, monkeypatch):
     from brumby.kernels import tiles, tune
