@@ -19,10 +19,11 @@ from brumby.kernels.tiles import KERNELS, TABLES, WIDTHS, Table, key, slug, tria
 T, H, R = 4096, 4, 2
 DTYPES = (torch.bfloat16, torch.float32)
 STATE_WIDTHS = (64, 128)
+SUMS = 128  # registers of a thread that sums may take, of 255: tiles beyond spill, and take ptxas minutes
 COPIED = 128  # bytes: where the copy engine may write in shared memory, and so the least that a row may have
 
 
-def candidates(kernel: str, dtype: torch.dtype) -> Iterator[list[int]]:
+def candidates(kernel: str, dtype: torch.dtype, width: int) -> Iterator[list[int]]:
     """Tiles worth trying; what does not fit into a GPU's shared memory is passed over when tried."""
     stages = range(1, 3 if dtype == torch.float32 else 4)
     if kernel in ("sum", "query", "gradient"):
@@ -32,7 +33,8 @@ def candidates(kernel: str, dtype: torch.dtype) -> Iterator[list[int]]:
         return
     for BQ, BK, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (4, 8), stages):
         # Each walks over blocks of the other kind, which must divide its own
-        if (BK >= BQ) if kernel == "key_value_gradient" else (BQ >= BK):
+        own, other, sums = (BK, BQ, 2) if kernel == "key_value_gradient" else (BQ, BK, 1)
+        if own >= other and sums * own * width <= SUMS * 32 * num_warps:
             yield [BQ, BK, num_warps, num_stages]
 
 
@@ -96,7 +98,7 @@ def tune(
             for kernel, call in made.items():
                 if entry not in found[kernel]:
                     progress.update(task, description=f"{kernel}, {entry}")
-                    found[kernel][entry] = _fastest(kernel, dtype, entry, call, time)
+                    found[kernel][entry] = _fastest(kernel, dtype, width, call, time)
                     part.write_text(json.dumps(found))
                 progress.advance(task)
     table = {"device": name, "date": str(date.today()), "triton": triton.__version__, "tiles": found}
@@ -108,19 +110,21 @@ def tune(
 def _fastest(
     kernel: str,
     dtype: torch.dtype,
-    entry: str,
+    width: int,
     call: Callable[[], object],
     time: Callable[[Callable[[], object]], float],
 ) -> list[int]:
+    entry, sizes_to_try = key(dtype, width), list(candidates(kernel, dtype, width))
+
     def call_all() -> None:
-        for sizes in candidates(kernel, dtype):
+        for sizes in sizes_to_try:
             with trial(kernel, entry, sizes):
                 call()
 
     if torch.cuda.is_available():
         compile_ahead(("tune", kernel, entry), call_all)
     times: dict[tuple[int, ...], float] = {}
-    for sizes in candidates(kernel, dtype):
+    for sizes in sizes_to_try:
         with trial(kernel, entry, sizes):
             try:
                 times[tuple(sizes)] = time(call)

@@ -263,7 +263,7 @@ def test_rows_fill_what_the_copy_engine_writes_at_once():
         rows = [(key, tile) for path in tiles.TABLES.glob("*.json")
                 for key, tile in json.loads(path.read_text())["tiles"][kernel].items()]  # fmt: skip
         for dtype in (F32, BF16):
-            rows += [(tiles.key(dtype, 64), tile) for tile in tune.candidates(kernel, dtype)]
+            rows += [(tiles.key(dtype, 64), tile) for tile in tune.candidates(kernel, dtype, 64)]
         assert rows
         for key, tile in rows:
             assert tile[0] * sizes[key.split()[0]] % 128 == 0, (kernel, key, tile)
@@ -278,7 +278,7 @@ def test_tune_writes_the_fastest_tiles_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "DTYPES", (F32,))
     sizes = {"forward": [[32, 32, 4, 1], [64, 32, 4, 1]], "sum": [[32, 4, 1], [64, 4, 1]]}
     default = {"query_gradient": [[32, 32, 4, 1]], "key_value_gradient": [[32, 32, 4, 1]]}
-    monkeypatch.setattr(tune, "candidates", lambda kernel, _: (sizes | default).get(kernel, [[32, 4, 1]]))
+    monkeypatch.setattr(tune, "candidates", lambda kernel, *_: (sizes | default).get(kernel, [[32, 4, 1]]))
     monkeypatch.setattr(tune, "calls", lambda *_: {kernel: lambda: None for kernel in tiles.KERNELS})
     timed = []
 
