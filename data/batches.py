@@ -172,8 +172,7 @@ class Batches:
             where = f"phases.{phase.name}."
             for name in ("first_step", "num_steps", "sequence_length", "sequences_per_step"):
                 values[where + name] = getattr(phase, name)
-            blend = self.config.phases[phase.name].blend
-            values |= {f"{where}blend.{name}": weight for name, weight in sorted(blend.items())}
+            values |= {f"{where}blend.{name}": weight for name, weight in sorted(phase.blend.items())}
         for name, source in self.sources.items():
             values[f"shards of {name}"] = source.manifest.fingerprint
         return values

@@ -13,6 +13,7 @@ from typing import Any
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 BLEND_TOLERANCE = 1e-6
+RAMP = "ramp"  # the name of the phase that `DataConfig.ramp` makes
 
 
 @dataclass
@@ -117,6 +118,23 @@ class PhaseConfig:
 
 
 @dataclass
+class RampConfig:
+    """A run's beginning in smaller steps, with the sequence length and the blend of its first phase.
+
+    Args:
+        tokens: Its length, less than that of the first phase.
+        sequences_per_step: Sequences in an optimizer step.
+    """
+
+    tokens: int
+    sequences_per_step: int
+
+    def __post_init__(self) -> None:
+        _check_count("tokens", self.tokens)
+        _check_count("sequences_per_step", self.sequences_per_step)
+
+
+@dataclass
 class DataConfig:
     """The data of a run.
 
@@ -128,6 +146,7 @@ class DataConfig:
         seed: Seed of the order.
         sources: Where each source's text comes from.
         phases: The blends by name, in the order of training.
+        ramp: See `RampConfig`; a part of the first phase, and a phase of its own in what is logged.
         margin: Share of tokens prepared beyond what the phases take; .inf prepares all there is.
         document_boundaries: Whether the documents of a sequence are kept apart (`Batch.cu_seqlens`).
         deduplicate: Whether a document whose text came before, in any source, is dropped.
@@ -144,6 +163,7 @@ class DataConfig:
     sequences_per_step: int
     sources: dict[str, SourceConfig]
     phases: dict[str, PhaseConfig]
+    ramp: RampConfig | None = None
     seed: int = 0
     margin: float = 0.02
     document_boundaries: bool = True
@@ -174,6 +194,14 @@ class DataConfig:
             if unknown:
                 known = ", ".join(sorted(self.sources))
                 raise ValueError(f"phase {phase!r} blends unknown source {unknown[0]!r}; known: {known}")
+        first = next(iter(self.phases.values()))
+        if self.ramp and self.ramp.tokens >= first.tokens:
+            raise ValueError(
+                f"ramp.tokens is {self.ramp.tokens:,}; the ramp is a part of the first phase, which has "
+                f"{first.tokens:,}"
+            )
+        if self.ramp and RAMP in self.phases:
+            raise ValueError(f"a phase is named {RAMP!r}, which is what `ramp` makes; rename it")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataConfig":
@@ -189,6 +217,8 @@ class DataConfig:
             if not isinstance(value, dict):
                 raise ValueError(f"data.{name} is a {type(value).__name__}; expected a mapping of names")
             values[name] = {key: _build(kind, entry, f"data.{name}.{key}") for key, entry in value.items()}
+        if values.get("ramp") is not None:
+            values["ramp"] = _build(RampConfig, values["ramp"], "data.ramp")
         return cls(**values)
 
 

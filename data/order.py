@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from brumby.data.config import DataConfig
+from brumby.data.config import RAMP, DataConfig
 
 WINDOW = 1 << 16  # samples
 ROUNDS = 6
@@ -27,12 +27,13 @@ class Phase:
     """A phase cut into steps.
 
     Attributes:
-        name: As configured.
+        name: As configured, or `RAMP`.
         first_step: Its first step.
         num_steps: How many it has.
         first_token: Tokens of all steps before it.
         sequence_length: Tokens in a sample.
         sequences_per_step: Samples in a step.
+        blend: Its weights.
         quotas: Samples of each source, by largest remainders: off by less than one from its share.
     """
 
@@ -42,6 +43,7 @@ class Phase:
     first_token: int
     sequence_length: int
     sequences_per_step: int
+    blend: dict[str, float]
     quotas: dict[str, int]
 
     @property
@@ -54,25 +56,34 @@ class Phase:
 
 
 def schedule(config: DataConfig) -> list[Phase]:
-    """The phases in steps. A phase starts at the first step at or after the tokens of those before it.
+    """The phases in steps, a ramp before them. Each starts at the first step at or after the tokens before it.
 
     Raises:
         ValueError: a phase so short that no step starts in it.
     """
     phases: list[Phase] = []
     step = seen = end = 0
-    for name, phase in config.phases.items():
+    parts = [
+        (name, phase, phase.tokens, phase.sequences_per_step or config.sequences_per_step)
+        for name, phase in config.phases.items()
+    ]
+    if config.ramp:
+        name, phase, tokens, rows = parts[0]
+        parts[:1] = [
+            (RAMP, phase, config.ramp.tokens, config.ramp.sequences_per_step),
+            (name, phase, tokens - config.ramp.tokens, rows),
+        ]
+    for name, phase, tokens, rows in parts:
         length = phase.sequence_length or config.sequence_length
-        rows = phase.sequences_per_step or config.sequences_per_step
-        end += phase.tokens
+        end += tokens
         num_steps = -(-(end - seen) // (length * rows))
         if num_steps < 1:
             raise ValueError(
-                f"phase {name!r} has {phase.tokens} tokens and no step starts in it; "
+                f"phase {name!r} has {tokens} tokens and no step starts in it; "
                 f"a step has {length * rows} (sequences_per_step x sequence_length)"
             )
         quotas = _quotas(phase.blend, num_steps * rows)
-        phases.append(Phase(name, step, num_steps, seen, length, rows, quotas))
+        phases.append(Phase(name, step, num_steps, seen, length, rows, phase.blend, quotas))
         step, seen = step + num_steps, seen + num_steps * length * rows
     return phases
 

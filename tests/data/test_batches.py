@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from brumby.data import Batches, DataConfig, PhaseConfig, TokenSource, prepare
+from brumby.data.config import RampConfig
 from brumby.data.order import Order, permutation, phase_starts, schedule, tokens_drawn, window_counts
 
 T, ROWS = 32, 8  # of make_config
@@ -281,6 +282,26 @@ def test_phases_of_other_lengths_take_other_tokens(make_config, texts):
     assert len(seen) == 7168
     assert set(seen.values()) == {1}
     assert batches.epochs["wiki"] <= 1
+
+
+def test_a_ramp_is_the_first_phase_in_smaller_steps(config):
+    ramp = RampConfig(tokens=2 * ROWS * T, sequences_per_step=2)
+    batches = Batches(dataclasses.replace(config, ramp=ramp))
+    steps = [(p.name, p.first_step, p.num_steps, p.sequences_per_step) for p in batches.phases]
+    assert steps == [("ramp", 0, 8, 2), ("broad", 8, 3, ROWS), ("narrow", 11, 7, ROWS)]
+    assert tokens_drawn(batches.config) == tokens_drawn(config)
+    assert batches.phases[0].quotas == {"math": 4, "wiki": 12}
+    seen = [
+        sample
+        for step in range(batches.num_steps)
+        for batch in batches.micro_batches(step, 0, 1, 2)
+        for sample in batch.sample_ids
+    ]
+    assert len(seen) == 12 * ROWS
+    wiki = [sample for sample in seen if sample.startswith("wiki")]
+    assert len(set(wiki)) == len(wiki)
+    assert batches.fingerprint["phases.ramp.sequences_per_step"] == 2
+    assert batches.changes_since(Batches(config).fingerprint)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])

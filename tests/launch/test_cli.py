@@ -12,7 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import brumby.configs
-from brumby.data import DataConfig, phase_starts
+from brumby.data import DataConfig, phase_starts, schedule
 from brumby.launch import cli, runs
 from brumby.train import config as run_config
 from brumby.train.schedule import plan
@@ -47,8 +47,9 @@ def test_every_experiment_composes_and_validates(experiment, command):
         composed.pop(name, None)
     run = run_config.from_omegaconf(composed)
     assert DataConfig.from_dict(cli.plain(composed.data)) == run.data
-    stages, total = plan(run), phase_starts(run.data)[-1] * run.data.sequence_length * run.data.sequences_per_step
-    assert sum(stage.num_tokens for stage in stages) == total
+    stages, phases = plan(run), schedule(run.data)
+    assert sum(stage.num_tokens for stage in stages) == sum(p.num_steps * p.tokens_per_step for p in phases)
+    assert all(phase.sequences_per_step % run.micro_batch == 0 for phase in phases)
     for stage in stages:
         peak, last = stage.config.gate_lr, stage.config.gate_lr * stage.config.schedule.min_ratio
         assert stage.rates(stage.first_token + stage.config.schedule.warmup_tokens)["gates"] == peak
@@ -56,14 +57,28 @@ def test_every_experiment_composes_and_validates(experiment, command):
 
 
 def test_the_published_run_is_the_published_run():
-    run = run_config.from_omegaconf(without_resume(cli.compose("train", ["experiment=brumby_14b"])))
+    run = run_config.from_omegaconf(without_resume(cli.compose("train", ["experiment=brumby_14b_seed"])))
     assert phase_starts(run.data) == [0, 1000, 2100, 3000]
     assert (run.data.sequences_per_step, run.data.sequence_length) == (736, 8192)
     assert run.data.sequences_per_step % (32 * run.micro_batch) == 0
 
 
+def test_alignment_is_the_ramp_and_the_tokens_are_the_published_runs():
+    ours, published = (
+        run_config.from_omegaconf(without_resume(cli.compose("train", [f"experiment={name}"])))
+        for name in ("brumby_14b", "brumby_14b_seed")
+    )
+    align, retrain = plan(ours)
+    ramp, *phases = schedule(ours.data)
+    assert (align.num_tokens, align.first_step) == (ramp.num_steps * ramp.tokens_per_step, 0)
+    assert retrain.first_step == phases[0].first_step
+    assert ramp.sequences_per_step % 32 == 0
+    assert all(abs(a.first_token - b.first_token) < b.tokens_per_step
+               for a, b in zip(phases[1:], schedule(published.data)[1:], strict=True))  # fmt: skip
+
+
 def test_the_papers_switches_are_an_option():
-    composed = cli.compose("train", ["experiment=brumby_14b", "data=nemotron_nano2_60_90"])
+    composed = cli.compose("train", ["experiment=brumby_14b_seed", "data=nemotron_nano2_60_90"])
     run = run_config.from_omegaconf(without_resume(composed))
     assert phase_starts(run.data) == [0, 1800, 2700, 3000]
 
