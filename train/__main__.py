@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from brumby.train.status import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_FAILED, EXIT_INTERRUPTED, Status
 
@@ -74,13 +75,16 @@ def quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def main() -> int:
+def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m brumby.train", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory with a config.yaml")
     logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(levelname)s %(message)s")
     code = run(parser.parse_args().run)
-    return 0 if code == EXIT_INTERRUPTED else code  # a launcher takes any other code for a rank that failed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is saved. A thread of gloo's or NCCL's that is still there would abort the interpreter's own end.
+    os._exit(0 if code == EXIT_INTERRUPTED else code)  # a launcher takes any other code for a rank that failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
