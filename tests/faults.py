@@ -120,4 +120,4 @@ def install(faults: Faults) -> None:
 
 if __name__ == "__main__":
     install(Faults(Path(sys.argv[1])))
-    sys.exit(main.main())
+    main.main()
