@@ -26,7 +26,7 @@ from brumby.train.objective import (
 from brumby.train.status import completed, step_of
 from brumby.train.teacher import Base, Teacher
 from brumby.train.tracking import read_metrics
-from tests.conftest import stage, train
+from tests.conftest import WITH_TESTS, stage, train
 
 SCHEDULE = {"warmup_tokens": 256, "decay_tokens": 512}
 RETRAIN = {"ce": 0.5, "kl": 1.0, "temperature": 2.0}
@@ -178,6 +178,19 @@ def test_a_run_resumes_bit_for_bit_before_at_and_after_the_switch(make_run, trai
         found = PiecesReader(find_checkpoint(run_dir))
         assert found.found.keys() == expected.found.keys()
         assert all(torch.equal(found.weight(name), expected.weight(name)) for name in expected.shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands in for a GPU")
+def test_fused_losses_find_the_output_matrices_under_zero3(make_run, trained):
+    """They read them outside their modules' forward, where ZeRO-3 leaves a parameter in parts."""
+    stages = STAGES | {"align": stage(objective="align", tokens=9 * 256)}
+    options = {"stages": stages, "zero_stage": 3, "activation_checkpointing": True, "measure_every": 1}
+    run_dir = make_run(**options)
+    train(run_dir, num_ranks=2, module="fused", PYTHONPATH=WITH_TESTS, TRITON_INTERPRET="1")
+    found, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, trained(**options)))
+    for name in ("objective", "loss", "base_loss", "grad_norm"):
+        assert [row[name] for row in found[9:]] == pytest.approx([row[name] for row in expected[9:]], rel=1e-4)
 
 
 @pytest.fixture
