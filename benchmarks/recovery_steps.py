@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brumby.benchmarks.muon import Muon
 from brumby.model.modeling_brumby import BrumbyAttention, BrumbyDecoderLayer, softmax_attention
 
 if TYPE_CHECKING:
@@ -184,9 +185,7 @@ class Steps:
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=fused)]
         if muon:
             matrices = {"params": muon, "lr": stage.lr, "peak_lr": stage.lr}
-            found.append(
-                torch.optim.Muon([matrices], weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            found.append(Muon([matrices], weight_decay=stage.weight_decay))
         return found
 
     def step(self, i: int, ids: Tensor) -> Tensor:

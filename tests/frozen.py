@@ -1,6 +1,5 @@
 """A rank that trains the mixers alone: `brumby.train` with all other parameters frozen."""
 
-
 from brumby.train import __main__ as main
 from brumby.train import engine
 

@@ -1,6 +1,7 @@
 """The recovery study's code path on a model of two layers: calibration, alignment, distillation, rows."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from brumby.benchmarks import recovery
+from brumby.benchmarks import recovery, recovery_qk_norm
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
+from brumby.benchmarks.muon import Muon
 from brumby.benchmarks.recovery_steps import Stage, Steps
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
@@ -91,6 +93,26 @@ def test_fitted_q_and_k_keep_the_norm_of_each_head() -> None:
             assert ((found - before).norm(dim=1) > 0.1 * before.norm(dim=1)).all()
 
 
+def test_muon_is_torchs_for_many_matrices() -> None:
+    torch.manual_seed(0)
+    shapes = [(32, 32), (16, 32), (32, 16), (32, 32)]
+    ours, theirs = ([torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_()
+                     for i, shape in enumerate(shapes)] for _ in range(2))  # fmt: skip
+    optimizers = (
+        Muon([{"params": ours, "lr": 0.1}], weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    start = [p.detach().clone() for p in ours]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (a - before).norm()  # Newton and Schulz in bfloat16
+
+
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 64).astype(np.uint16))
@@ -137,3 +159,24 @@ def test_alignment_loss_falls(tiny_model: Path, tmp_path: Path) -> None:
     steps = Steps(run, Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2))
     losses = [steps.step(i, run.train_ids[:4].long()).item() for i in range(steps.num_steps)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
+    _, teacher = pair(qk_norm=False)
+    teacher.save_pretrained(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "train.npy", rng.integers(97, size=33 * 64).astype(np.uint16))
+    np.savez(tmp_path / "held.npz", one=rng.integers(97, size=33 * 8))
+    words = ["--base", "base", "--train", "train.npy", "--held-out", "held.npz", "--out", "norms"]
+    words = [word if word.startswith("--") else tmp_path / word for word in words]
+    words += ["--tokens", 64 * 128, "--sequence-length", 32, "--device", "cpu", "--no-compile"]
+    recovery_qk_norm.main([str(word) for word in words])
+    found = capsys.readouterr().out
+    before, after = (float(number) for number in re.findall(r": (-?[0-9.]+)", found))
+    assert after < before / 2
+    model = BrumbyForCausalLM.from_pretrained(tmp_path / "norms", use_exp=True)
+    assert model.config.qk_norm
+    assert all((layer.self_attn.q_norm.weight != 1).any() for layer in model.model.layers)
+    run = recovery.Run(tmp_path / "norms", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
+    excess = run.base_loss["all"] - run.evaluate(teacher)["all"]
+    assert excess == pytest.approx(after, abs=1e-3)
