@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 1e-3, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             for shape, matrices in by_shape.items():
-                gradients = torch.stack([p.grad for p in matrices])
+                gradients = torch.stack([cast(Tensor, p.grad) for p in matrices])
                 state = self.state[matrices[0]]
                 if not state:
                     state["momentum"] = torch.zeros_like(gradients)

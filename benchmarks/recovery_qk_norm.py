@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ def with_norms(run: Run, ids: Tensor) -> Model:
     """The teacher with QK norms, whose weights are measured on ids [B, T]."""
     teacher = run.teacher
     config = BrumbyConfig(**teacher.config.to_dict() | {"qk_norm": True})
-    model: Model = BrumbyForCausalLM(config).to(run.device)
+    made: nn.Module = BrumbyForCausalLM(config)
+    model = cast(Model, made.to(run.device))
     model.load_state_dict(teacher.state_dict(), strict=False)
     stream = run.hidden(teacher, ids)
     for ours, theirs, x in zip(model.model.layers, teacher.model.layers, stream, strict=False):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brumby.benchmarks import recovery, recovery_qk_norm
+from brumby.benchmarks import alignment, recovery, recovery_qk_norm
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.benchmarks.muon import Muon
@@ -180,3 +180,15 @@ def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     run = recovery.Run(tmp_path / "norms", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
     excess = run.base_loss["all"] - run.evaluate(teacher)["all"]
     assert excess == pytest.approx(after, abs=1e-3)
+
+
+def test_each_weighting_of_a_layer_learns_attention(tmp_path: Path) -> None:
+    _, teacher = pair(qk_norm=True)
+    teacher.save_pretrained(tmp_path / "base")
+    np.save(tmp_path / "train.npy", np.random.default_rng(0).integers(97, size=4096).astype(np.uint16))
+    words = ["--base", tmp_path / "base", "--train", tmp_path / "train.npy", "--out", tmp_path, "--layers", 1]
+    words += ["--sequences", 96, "--sequence-length", 16, "--device", "cpu"]
+    alignment.main([str(word) for word in words])
+    rows = json.loads((tmp_path / "alignment.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == list(alignment.VARIANTS)
+    assert all(row["error"] < 0.8 * row["start"] for row in rows), rows
