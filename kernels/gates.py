@@ -131,9 +131,10 @@ def factors(G: Tensor | None, first: Tensor | None, BQ: int, BK: int) -> Factors
 
 @triton.jit
 def _gradient_kernel(
-    p_qdq, p_kdk, p_last, p_dlog_g, p_bounds, T, H, scale, R: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr
-):
-    """Walks a document from its end."""
+    p_qdq, p_kdk, p_first, p_dlog_g, p_bounds, T, H, scale, R: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr,
+    FORWARD: tl.constexpr,
+):  # fmt: skip
+    """Walks a document from its end, or from its start if FORWARD."""
     i_b = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     start, end = 0, T
@@ -144,29 +145,42 @@ def _gradient_kernel(
     p_kdk += tl.program_id(0).to(tl.int64) * T
     p_dlog_g += i_b.to(tl.int64) * T * H + i_h
     carry = tl.zeros([], tl.float64)
-    if p_last is not None:
-        carry += tl.load(p_last + tl.program_id(0))
+    if p_first is not None:
+        carry += tl.load(p_first + tl.program_id(0))
     for i_t in range(0, end - start, N):
-        o_t = end - 1 - i_t - tl.arange(0, N)  # [N]
-        m_t = o_t >= start
+        o_t = i_t + tl.arange(0, N)  # [N]
+        o_t = start + o_t if FORWARD else end - 1 - o_t
+        m_t = (o_t >= start) & (o_t < end)
         b_dG = -tl.load(p_kdk + o_t, m_t, 0).to(tl.float64)  # [N]
         for i_r in tl.static_range(R):
             b_dG += tl.load(p_qdq + tl.cast(i_r, tl.int64) * T + o_t, m_t, 0)
         b_dG *= scale
-        tl.store(p_dlog_g + o_t.to(tl.int64) * H, tl.cumsum(b_dG, 0) + carry, m_t)
-        carry += tl.sum(b_dG, 0)
+        b_sum = tl.cumsum(b_dG, 0)
+        if FORWARD:
+            b_sum = b_dG - b_sum
+        tl.store(p_dlog_g + o_t.to(tl.int64) * H, b_sum + carry, m_t)
+        b_all = tl.sum(b_dG, 0)
+        carry += -b_all if FORWARD else b_all
 
 
-def gate_gradient(qdq: Tensor, kdk: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, power: int) -> Tensor:
-    """dlog_g [B, T, H], the reverse cumulated sum of dG_t = (q_t . dq_t - k_t . dk_t) / P inside each document.
+def gate_gradient(
+    qdq: Tensor, kdk: Tensor, cu_seqlens: Tensor | None, power: int, forward: bool = False,
+    first: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dlog_g [B, T, H], from dG_t = (q_t . dq_t - k_t . dk_t) / P.
 
-    qdq [B, HQ, T] and kdk [B, H, T], float32; `last` [B, H], to be added to the last token's dG, or None.
+    It is the sum of dG from t to the end of t's document and, if the final state has a gradient, their product.
+    At a document's first token that is the initial state's product with its gradient, which the first gate scales.
+    So `forward`, for a final state with a gradient: `first`, that product, less the sum of dG before t. The other
+    way is a difference of large numbers, rounded differently, where states are large.
+
+    qdq [B, HQ, T], kdk [B, H, T] and first [B, H] (None is zero), float32.
     """
     B, H, T = kdk.shape
     dlog_g = kdk.new_empty(B, T, H)
     grid = (B * H, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
     _gradient_kernel[grid](
-        qdq, kdk, last, dlog_g, cu_seqlens, T, H, 1 / power, qdq.shape[1] // H,
-        min(4096, triton.next_power_of_2(T)), cu_seqlens is not None, num_warps=8,
+        qdq, kdk, first, dlog_g, cu_seqlens, T, H, 1 / power, qdq.shape[1] // H,
+        min(4096, triton.next_power_of_2(T)), cu_seqlens is not None, forward, num_warps=8,
     )  # fmt: skip
     return dlog_g

@@ -191,8 +191,7 @@ def _gather(parts: list[RetentionState], B: int, H: int) -> RetentionState | Non
 
 def backward(
     dy: Tensor, d_final: RetentionState | None, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None,
-    cu_seqlens: Tensor | None, C: int, initial: RetentionState | None, final: RetentionState | None,
-    y: Tensor, l_inv: Tensor,
+    cu_seqlens: Tensor | None, C: int, initial: RetentionState | None, y: Tensor, l_inv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, RetentionState | None]:  # fmt: skip
     """dq, dk, dv, dlog_g and the gradient of the initial state. States are made again: they are large."""
     B, T, HQ, K = q.shape
@@ -237,10 +236,11 @@ def backward(
             l_q, sums_q, None if G is None else G[b, h], inside, 2, FromStates(dq_state, dk_state, dv_state),
         )  # fmt: skip
         del dq_state, dk_state, dv_state
+    d_initial = _gather(d_firsts, B, H)
     dlog_g = None
     if log_g is not None:
-        last = None  # the last token's gate also decays the whole final state
-        if d_final is not None and final is not None:
-            last = (d_final.s * final.s).sum((2, 3)) + (d_final.z * final.z).sum(2)
-        dlog_g = gate_gradient(qdq, kdk, last, cu_seqlens, 2)
-    return dq, dk, dv, dlog_g, _gather(d_firsts, B, H)
+        at_start = None
+        if d_final is not None and initial is not None and d_initial is not None:
+            at_start = (d_initial.s * initial.s).sum((2, 3)) + (d_initial.z * initial.z).sum(2)
+        dlog_g = gate_gradient(qdq, kdk, cu_seqlens, 2, forward=d_final is not None, first=at_start)
+    return dq, dk, dv, dlog_g, d_initial

@@ -72,7 +72,7 @@ def _attention_backward(
     sums = attention_form.row_sums(dy, q, k, v, y, l_inv, G, span, power)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     qdq, kdk = attention_form.backward(dy, q, k, v, dq, dk, dv, l_inv, sums, G, span, power)
-    dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, None, cu_seqlens, power)
+    dlog_g = l_inv.new_empty(0) if log_g is None else gate_gradient(qdq, kdk, cu_seqlens, power)
     return dq, dk, dv, dlog_g
 
 
@@ -145,20 +145,19 @@ def _(
 def _chunks_backward(
     dy: Tensor, ds_final: Tensor | None, dz_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     log_g: Tensor | None, s: Tensor | None, z: Tensor | None, cu_seqlens: Tensor | None, chunk: int,
-    y: Tensor, l_inv: Tensor, s_final: Tensor, z_final: Tensor,
+    y: Tensor, l_inv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_g, and the gradients of the initial s and z; empty where there is nothing."""
     dq, dk, dv, dlog_g, d_initial = state_form.backward(
-        dy, _state(ds_final, dz_final), q, k, v, log_g, cu_seqlens, chunk, _state(s, z),
-        RetentionState(s_final, z_final), y, l_inv,
-    )  # fmt: skip
+        dy, _state(ds_final, dz_final), q, k, v, log_g, cu_seqlens, chunk, _state(s, z), y, l_inv
+    )
     return dq, dk, dv, l_inv.new_empty(0) if dlog_g is None else dlog_g, *_parts(d_initial, l_inv)
 
 
 @_chunks_backward.register_fake
 def _(
     dy: Tensor, ds_final: Any, dz_final: Any, q: Tensor, k: Tensor, v: Tensor, log_g: Any, s: Any, z: Any,
-    cu_seqlens: Any, chunk: int, y: Tensor, l_inv: Tensor, s_final: Tensor, z_final: Tensor,
+    cu_seqlens: Any, chunk: int, y: Tensor, l_inv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dlog_g = l_inv.new_empty(0 if log_g is None else k.shape[:3])
     d_initial = _parts(None if s is None else RetentionState(torch.empty_like(s), torch.empty_like(z)), l_inv)
@@ -168,21 +167,21 @@ def _(
 def _chunks_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_g, s, z, cu_seqlens, ctx.chunk, _, ctx.keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_g, s, z, cu_seqlens, *output)
+    ctx.save_for_backward(q, k, v, log_g, s, z, cu_seqlens, *output[:2])
 
 
 def _chunks_differentiate(
     ctx: Any, dy: Tensor | None, _: Tensor | None, ds: Tensor | None, dz: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, log_g, s, z, cu_seqlens, y, l_inv, s_final, z_final = ctx.saved_tensors
+    q, k, v, log_g, s, z, cu_seqlens, y, l_inv = ctx.saved_tensors
     if not ctx.keep or (ds is None and dz is None):
         ds = dz = None
     else:
-        ds = torch.zeros_like(s_final) if ds is None else ds
-        dz = torch.zeros_like(z_final) if dz is None else dz
+        zero = _empty(len(k), k, v, 2)
+        ds, dz = (zero.s if ds is None else ds), (zero.z if dz is None else dz)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dq, dk, dv, dlog_g, ds, dz = _chunks_backward(
-        dy, ds, dz, q, k, v, log_g, s, z, cu_seqlens, ctx.chunk, y, l_inv, s_final, z_final
+        dy, ds, dz, q, k, v, log_g, s, z, cu_seqlens, ctx.chunk, y, l_inv
     )
     d_initial = (None, None) if s is None else (ds, dz)
     return dq, dk, dv, None if log_g is None else dlog_g, *d_initial, None, None, None, None
