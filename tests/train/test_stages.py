@@ -148,6 +148,26 @@ def test_one_rank_trains_both_stages_as_plain_pytorch_does(make_run):
     assert objectives[11] < 0.9 * objectives[5]
 
 
+def test_a_ramp_aligns_in_smaller_steps_and_resumes(make_run, tiny_data):
+    stages = STAGES | {"align": stage(objective="align", tokens=512, schedule={"warmup_tokens": 64})}
+    options = {"data": tiny_data | {"ramp": {"tokens": 512, "sequences_per_step": 2}}, "stages": stages}
+    options |= {"checkpoint_every": 1, "keep_checkpoints": 20}
+    whole, resumed = make_run("whole", **options), make_run("resumed", **options)
+    train(whole)
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["tokens_seen"] for row in rows] == [*range(64, 512, 64), *range(512, 3073, 256)]
+    assert [(row["phase"], row["stage"]) for row in rows[6:10]] == [("ramp", "align")] * 2 + [
+        ("one", "retrain")
+    ] * 2
+    for folder in completed(whole):
+        if step_of(folder) <= 7:
+            shutil.copytree(folder, resumed / "checkpoints" / folder.name)
+    train(resumed)
+    names = ("step", "objective", "loss", "grad_norm", "mixer_lr")
+    again = read_metrics(resumed / "metrics.jsonl")
+    assert [[row[n] for n in names] for row in again] == [[row[n] for n in names] for row in rows[7:]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_alignment_changes_the_mixers_alone(trained, zero_stage, precision):
