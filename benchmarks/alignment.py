@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from brumby.benchmarks.muon import Muon
+from brumby.benchmarks.recovery_steps import relative_error
 from brumby.kernels.tiles import slug
 from brumby.model import BrumbyForCausalLM
 from brumby.model.modeling_brumby import BrumbyAttention
@@ -91,10 +92,6 @@ def mix(mixer: Any, h: Tensor, rotation: tuple[Tensor, Tensor], variant: Variant
     return mixer.o_proj(y.flatten(2))
 
 
-def error(y: Tensor, a: Tensor) -> Tensor:
-    return (y - a).square().sum() / a.square().sum()
-
-
 def fit(
     start: BrumbyAttention, h: Tensor, a: Tensor, rotation: tuple[Tensor, Tensor], variant: Variant
 ) -> tuple[float, float, int]:
@@ -123,7 +120,7 @@ def fit(
         with torch.no_grad():
             pairs = zip(h[-HELD_OUT:].split(1), a[-HELD_OUT:].split(1), strict=True)
             return float(
-                np.mean([error(mix(mixer, x.float(), rotation, variant), y.float()).item() for x, y in pairs])
+                np.mean([relative_error(mix(mixer, x.float(), rotation, variant), y).item() for x, y in pairs])
             )
 
     before = held_out()
@@ -132,7 +129,7 @@ def fit(
     for i in range(steps):
         ratio = min(1.0, (i + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps)))
         j = i % num_sequences
-        loss = error(mix(mixer, h[j : j + 1].float(), rotation, variant), a[j : j + 1].float())
+        loss = relative_error(mix(mixer, h[j : j + 1].float(), rotation, variant), a[j : j + 1])
         for optimizer, peak in zip(optimizers, peaks, strict=False):
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = peak * ratio

@@ -192,3 +192,15 @@ def test_each_weighting_of_a_layer_learns_attention(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "alignment.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == list(alignment.VARIANTS)
     assert all(row["error"] < 0.8 * row["start"] for row in rows), rows
+
+
+def test_square_and_exponential_weights_are_retention_and_softmax() -> None:
+    student, teacher = pair(qk_norm=True)
+    h = torch.randn(2, 16, 32)
+    rotation = student.model.rotary_emb(h, torch.arange(16)[None])
+    for model, variant in ((student, "square"), (teacher, "exponential")):
+        mixer = model.model.layers[0].self_attn
+        if variant == "exponential":
+            torch.nn.init.constant_(mixer.g_proj.bias, 50.0)  # no gates
+        found = alignment.mix(mixer, h, rotation, alignment.VARIANTS[variant])
+        torch.testing.assert_close(found, mixer(h, position_embeddings=rotation), rtol=1e-4, atol=1e-5)

@@ -75,6 +75,14 @@ def test_errors_name_the_field(place: tuple, value: object, message: str):
         DataConfig.from_dict(values)
 
 
+def test_no_phase_has_the_ramps_name():
+    values = valid()
+    values["phases"] = {"ramp": values["phases"]["one"]}
+    assert DataConfig.from_dict(values).ramp is None
+    with pytest.raises(ValueError, match="a phase is named 'ramp', which is what `ramp` makes"):
+        DataConfig.from_dict(values | {"ramp": {"tokens": 32, "sequences_per_step": 2}})
+
+
 def test_missing_key():
     values = valid()
     del values["tokenizer"]

@@ -148,6 +148,24 @@ def test_forms_equal_the_plain_one(case, dtype):
         assert found[name].isfinite().all(), name
 
 
+@pytest.mark.parametrize("part", ["s", "z"])
+def test_a_loss_of_one_part_of_the_final_state(part):
+    inputs, initial, _, _ = make((1, 40, 2, 1, 64, 64), 4.0, F32, None, True)
+    found = []
+    for dtype, implementation in ((F32, "triton"), (torch.float64, "reference")):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        state = RetentionState(*(x.to(dtype) for x in initial))
+        options = {"initial_state": state, "return_final_state": True, "chunk_size": 128}
+        _, final = power_retention(*leaves, **options, implementation=implementation)
+        getattr(final, part).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for name, ours, exact in zip(("q", "k", "v", "log_g"), *found, strict=True):
+        if exact is None or not exact.any():
+            assert ours is None or not ours.any(), name
+        else:
+            assert error(ours, exact) < LIMITS[F32][name == "log_g"], name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_offsets_beyond_two_to_the_31():
@@ -264,6 +282,17 @@ def test_rows_fill_what_the_copy_engine_writes_at_once():
         assert rows
         for key, tile in rows:
             assert tile[0] * sizes[key.split()[0]] % 128 == 0, (kernel, key, tile)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_tiles_to_try_leave_registers_beside_their_sums(dtype, width):
+    from brumby.kernels import tune
+
+    for kernel, block, sums in (("forward", 0, 1), ("query_gradient", 0, 1), ("key_value_gradient", 1, 2)):
+        tried = list(tune.candidates(kernel, dtype, width))
+        per_thread = [sums * tile[block] * width / (32 * tile[2]) for tile in tried]
+        assert 64 <= max(per_thread) <= 128, (kernel, tried)  # of 255 that a thread has
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what is tested is the choice, not the time")
