@@ -2,6 +2,7 @@
 
     python -m benchmarks.recovery --base FOLDER --train train.npy --held-out held-out.npz [--recipes NAME ...]
         [--tasks tasks.npz]
+    python -m benchmarks.recovery --plot docs/recovery.png
 
 `python -m benchmarks.recovery_data` makes all four. `FOLDER` is a checkpoint made by `brumby convert`: the
 student, and with softmax the teacher. Recipes are entries of `benchmarks/recovery.yaml`. All of them see the same
@@ -45,7 +46,9 @@ from brumby.benchmarks.recovery_steps import (
     block,
     label_loss,
     logits_gradient,
+    loss_metrics,
     mixer_error,
+    own_error,
     read_error,
     teach,
 )
@@ -54,6 +57,7 @@ from brumby.model import BrumbyForCausalLM
 from brumby.model.modeling_brumby import BrumbyAttention
 
 HERE = Path(__file__).parent
+MODEL = "SmolLM2-135M-Instruct"
 EVALUATED = 32  # sequences at once
 Model = BrumbyForCausalLM
 
@@ -104,12 +108,16 @@ class Run:
         self.teacher = self.load(base, use_exp=True)
         self.teacher.requires_grad_(False)
         self.student = self.load(base, use_exp=False)
-        self.start = {name: p.detach().clone() for name, p in self.student.state_dict().items()}
+        self.start = self.copy_of_student()
         self.calibrated: tuple[tuple[Calibration, int], dict[str, Tensor], float] | None = None
+        self.first: tuple[Any, dict[str, Tensor], float, float] | None = None  # of the last recipe with several
+        self.metrics: list[tuple[Tensor, Tensor]] = []
+        self.metrics_seconds = 0.0
         wrap: Callable[[Any], Any] = torch.compile if compile else lambda function: function
         torch._dynamo.config.recompile_limit = 128
         torch._dynamo.config.automatic_dynamic_shapes = False
-        self.block, self.teach, self.mixer_error = wrap(block), wrap(teach), wrap(mixer_error)
+        self.block, self.teach = wrap(block), wrap(teach)
+        self.mixer_error, self.own_error = wrap(mixer_error), wrap(own_error)
         self.read_error, self.logits_gradient, self.label_loss = (
             wrap(read_error),
             wrap(logits_gradient),
@@ -221,30 +229,54 @@ class Run:
 
         measure(None, final=not recipe.stages)
         for stage in recipe.stages:
-            steps = Steps(self, stage)
+            final = stage is recipe.stages[-1]
+            key = seed, recipe.calibration, recipe.power, stage
+            if self.first and self.first[0] == key and not seen:
+                _, state, first_seconds, loss = self.first
+                student.load_state_dict(state)
+                num_sequences = max(1, stage.tokens // (stage.sequences * self.T)) * stage.sequences
+                for _ in range(num_sequences):
+                    next(rows)
+                seen, seconds = num_sequences * self.T, seconds + first_seconds
+                measure(loss, final)
+                continue
+            if stage.metric:
+                seconds += self.measure_metrics()
+            before, steps = (seen, seconds), Steps(self, stage)
             compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences].long())
             for i in range(steps.num_steps):
                 started = time.perf_counter()
                 ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
-                loss = steps.step(i, ids)
+                found = steps.step(i, ids)
                 seen += stage.sequences * self.T
                 last = i + 1 == steps.num_steps
                 if last or any(seen - stage.sequences * self.T < at <= seen for at in recipe.evaluate_at):
-                    value = loss.item()
+                    loss = round(found.item(), 4)
                     seconds += time.perf_counter() - started
-                    if not math.isfinite(value):
-                        raise FloatingPointError(f"{recipe.name}: the loss is {value} after {seen} tokens")
-                    measure(round(value, 4), final=last and stage is recipe.stages[-1])
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(f"{recipe.name}: the loss is {loss} after {seen} tokens")
+                    measure(loss, final and last)
                 else:
                     seconds += time.perf_counter() - started
+            if not before[0] and not final:
+                self.first = key, self.copy_of_student(), seconds - before[1], loss
+
+    def measure_metrics(self) -> float:
+        """The teacher's metrics, measured once; their seconds."""
+        if not self.metrics:
+            ids = self.train_ids[-32:, :-1].long()
+            self.metrics_seconds = self.timed(lambda: self.metrics.extend(loss_metrics(self, ids)))
+        return self.metrics_seconds
+
+    def copy_of_student(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.student.state_dict().items()}
 
     def calibrate(self, ids: Tensor, options: Calibration) -> float:
         """Calibrate the student, or take what the last calibration gave if it was the same; its seconds."""
         key = options, self.student.config.p
         if self.calibrated is None or self.calibrated[0] != key:
             seconds = self.timed(calibrate, self.student, self.teacher, ids, options)
-            state = {name: p.detach().clone() for name, p in self.student.state_dict().items()}
-            self.calibrated = key, state, seconds
+            self.calibrated = key, self.copy_of_student(), seconds
         self.student.load_state_dict(self.calibrated[1])
         return self.calibrated[2]
 
@@ -288,6 +320,37 @@ class Results:
         unfinished.rename(self.path)
 
 
+CURVES = {  # recipes whose last rows make a line, by what they are
+    "the published way": ("seed-5m", "seed-15m", "seed-40m"),
+    "this project": ("muon-klmuon1-ce-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m"),
+    "the softmax base, trained on": ("softmax-5m", "softmax-40m"),
+}
+
+
+def plot(folder: Path, path: Path) -> None:
+    """Excess against tokens, of all rows below `folder`, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for file in sorted(folder.glob("*/recovery.json")) for row in json.loads(file.read_text())["rows"]]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, (label, recipes) in enumerate(CURVES.items()):
+        mine = [row for row in rows if row["recipe"] in recipes and row["model"] == MODEL and row["tokens"]]
+        for recipe in recipes:
+            points = sorted((row["tokens"] / 1e6, row["excess_nats"]) for row in mine if row["recipe"] == recipe)
+            axes.plot(*zip(*points, strict=True), color=f"C{color}", marker=".", linestyle=":", linewidth=1)
+        points = sorted((row["tokens"] / 1e6, row["excess_nats"]) for row in mine if row["final"])
+        axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=label)
+    axes.set(xscale="log", xlabel="million tokens", ylabel="nats above the base")
+    axes.set_xticks([1, 2.5, 5, 15, 40], labels=["1", "2.5", "5", "15", "40"])
+    axes.minorticks_off()
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def load_recipes(path: Path, names: list[str]) -> list[Recipe]:
     """Raises ValueError for a name that the file does not have, TypeError for a field that no recipe has."""
     raw = yaml.safe_load(path.read_text())["recipes"]
@@ -299,16 +362,17 @@ def load_recipes(path: Path, names: list[str]) -> list[Recipe]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="a folder made by `brumby convert`")
-    parser.add_argument("--train", type=Path, required=True, help="token ids, npy")
-    parser.add_argument("--held-out", type=Path, required=True, help="token ids by source, npz")
+    parser.add_argument("--plot", type=Path, help="draw all rows that there are, and nothing else")
+    parser.add_argument("--base", type=Path, help="a folder made by `brumby convert`")
+    parser.add_argument("--train", type=Path, help="token ids, npy")
+    parser.add_argument("--held-out", type=Path, help="token ids by source, npz")
     parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
     parser.add_argument("--tasks", type=Path, help="questions of benchmarks/accuracy.py, npz")
     parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the tokens")
     parser.add_argument("--recipe-file", type=Path, default=HERE / "recovery.yaml")
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="no recipe starts that would end after them"
     )
@@ -316,6 +380,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
+    if args.plot:
+        plot(HERE / "results", args.plot)
+        return
+    if None in (args.base, args.train, args.held_out):
+        parser.error("--base, --train and --held-out are missing")
     started = time.perf_counter()
     recipes = load_recipes(args.recipe_file, args.recipes)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"

@@ -28,14 +28,18 @@ class Stage:
     """One way of training for `tokens`.
 
     `align` matches each layer's mixer to the teacher's attention on the teacher's hidden states, whose loss is
-    the relative squared error. Otherwise the loss is the weighted sum of `kl` (Kullback-Leibler divergence from
-    the teacher's logits at `temperature`), `ce` (cross-entropy) and `hidden` (relative squared error of what each
-    layer reads). Rates fall along a cosine to `min_ratio` after a warm-up; `mixer_lr` and `gate_lr` are those of
-    the attention's projections and of the gates, by default `lr`.
+    the relative squared error. With `metric`, the weight of the teacher's Fisher information beside the identity,
+    errors count in the metric of `loss_metrics`; with `own` a mixer reads the student's residual stream, and has
+    to make up for what is missing there. Otherwise the loss is the weighted sum of `kl` (Kullback-Leibler
+    divergence from the teacher's logits at `temperature`), `ce` (cross-entropy) and `hidden` (relative squared
+    error of what each layer reads). Rates fall along a cosine to `min_ratio` after a warm-up; `mixer_lr` and
+    `gate_lr` are those of the attention's projections and of the gates, by default `lr`.
     """
 
     tokens: int
     align: bool = False
+    metric: float = 0.0
+    own: bool = False
     kl: float = 1.0
     ce: float = 0.0
     hidden: float = 0.0
@@ -69,17 +73,39 @@ def block(layer: BrumbyDecoderLayer, x: Tensor, rotation: Rotation) -> Tensor:
     return layer(x, position_embeddings=rotation)
 
 
-def teach(layer: BrumbyDecoderLayer, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """What the attention reads, what it writes, and the layer's output."""
+def teach(layer: BrumbyDecoderLayer, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the attention reads, what it writes, the residual stream with it, and the layer's output."""
     h = layer.input_layernorm(x)
     a = layer.self_attn(h, position_embeddings=rotation)
     x = x + a
-    return h, a, x + layer.mlp(layer.post_attention_layernorm(x))
+    return h, a, x, x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def mixer_error(layer: BrumbyDecoderLayer, h: Tensor, a: Tensor, rotation: Rotation) -> Tensor:
+def mixer_error(
+    layer: BrumbyDecoderLayer, h: Tensor, a: Tensor, attended: Tensor, metric: Tensor | None, rotation: Rotation
+) -> Tensor:
     y = layer.self_attn(h, position_embeddings=rotation)
-    return relative_error(y, a)
+    return relative_error(y, a) if metric is None else metric_error(y - a, a, attended, metric)
+
+
+def own_error(
+    layer: BrumbyDecoderLayer, x: Tensor, a: Tensor, attended: Tensor, metric: Tensor | None, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
+    """The error of the student's stream x after its mixer, and the stream after the layer."""
+    y = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotation)
+    missing = x + y - attended
+    if metric is None:
+        error = missing.square().sum() / a.float().square().sum()
+    else:
+        error = metric_error(missing, a, attended, metric)
+    x = (x + y).detach()
+    return error, x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def metric_error(error: Tensor, a: Tensor, attended: Tensor, metric: Tensor) -> Tensor:
+    """Relative squared error in a metric [E, E], of tokens divided by the size of the residual stream."""
+    scale = attended.float().square().mean(-1, keepdim=True).rsqrt()
+    return ((error * scale) @ metric).float().square().sum() / ((a * scale) @ metric).float().square().sum()
 
 
 def relative_error(x: Tensor, target: Tensor) -> Tensor:
@@ -115,6 +141,33 @@ def label_loss(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(z.float(), labels, reduction="none"), z.argmax(-1) == labels
 
 
+def loss_metrics(run: Run, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Eigenvalues [E] (their mean is 1) and eigenvectors [E, E] by layer of the teacher's Fisher information with
+    respect to what its attention gives for ids [N, T], each token's times the size of the residual stream.
+
+    A small error e adds e^T F e / 2 to the divergence from the teacher, if tokens are taken for independent.
+    """
+    teacher, rotation = run.teacher, run.rotation(run.teacher, ids.shape[1])
+    generator = torch.Generator(run.device).manual_seed(0)
+    E = teacher.config.hidden_size
+    grams = [torch.zeros(E, E, device=run.device) for _ in teacher.model.layers]
+    for row in ids.split(1):
+        x = teacher.model.embed_tokens(row).detach().requires_grad_(True)
+        given, sizes = [], []
+        with run.autocast():
+            for layer in teacher.model.layers:
+                _, a, attended, x = teach(layer, x, rotation)
+                given.append(a)
+                sizes.append(attended.detach().float().square().mean(-1, keepdim=True).sqrt())
+            z = teacher.lm_head(teacher.model.norm(x))[0].float()
+        labels = torch.multinomial(z.detach().softmax(-1), 1, generator=generator)[:, 0]
+        gradients = torch.autograd.grad(F.cross_entropy(z, labels, reduction="sum"), given)
+        for gram, g, size in zip(grams, gradients, sizes, strict=True):
+            scaled = (g.float() * size)[0]
+            gram += scaled.T @ scaled
+    return [torch.linalg.eigh(gram / gram.diagonal().mean()) for gram in grams]
+
+
 class LogitsLoss(torch.autograd.Function):
     """Mean loss over tokens from final hidden states; logits live for `CHUNK` tokens at a time."""
 
@@ -148,6 +201,9 @@ class Steps:
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
         self.num_steps = max(1, stage.tokens // (stage.sequences * run.T))
+        self.metrics: list[Tensor | None] = [None] * len(run.student.model.layers)
+        if stage.metric:
+            self.metrics = [(v * (1 + stage.metric * values).sqrt()) @ v.T for values, v in run.metrics]
         self.optimizers = self.make_optimizers()
         for layer in run.student.model.layers if stage.fade else ():
             layer.self_attn.__class__ = FadingAttention
@@ -247,12 +303,15 @@ class Steps:
         run = self.run
         teacher, student = run.teacher.model, run.student.model
         rotation = run.rotation(run.teacher, ids.shape[1])
-        x = teacher.embed_tokens(ids)
+        x = own = teacher.embed_tokens(ids)
         total = x.new_zeros((), dtype=torch.float32)
-        for theirs, ours in zip(teacher.layers, student.layers, strict=True):
+        for theirs, ours, metric in zip(teacher.layers, student.layers, self.metrics, strict=True):
             with torch.no_grad():
-                h, a, x = run.teach(theirs, x, rotation)
-            loss = run.mixer_error(ours, h, a, rotation)
+                h, a, attended, x = run.teach(theirs, x, rotation)
+            if self.stage.own:
+                loss, own = run.own_error(ours, own, a, attended, metric, rotation)
+            else:
+                loss = run.mixer_error(ours, h, a, attended, metric, rotation)
             loss.backward()
             total += loss.detach()
         return total / len(teacher.layers)

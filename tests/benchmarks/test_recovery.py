@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from brumby.benchmarks import alignment, recovery, recovery_qk_norm
+from brumby.benchmarks import alignment, recovery, recovery_bases
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.benchmarks.muon import Muon
-from brumby.benchmarks.recovery_steps import Stage, Steps
+from brumby.benchmarks.recovery_steps import Stage, Steps, loss_metrics, teach
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
 
@@ -121,6 +121,10 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
         "recipes:\n"
         "  align-kl: {evaluate_at: [128], stages: [{align: true, sequences: 4, tokens: 2560, lr: 0.01},"
         " {kl: 1.0, sequences: 4, tokens: 256}]}\n"
+        "  align-kl-again: {stages: [{align: true, sequences: 4, tokens: 2560, lr: 0.01},"
+        " {kl: 1.0, sequences: 4, tokens: 256}]}\n"
+        "  metric: {stages: [{align: true, metric: 10.0, sequences: 4, tokens: 2560, lr: 0.01},"
+        " {align: true, own: true, metric: 10.0, sequences: 4, tokens: 2560, lr: 0.01}]}\n"
         "  softmax: {stages: [{kl: 0.0, ce: 1.0, softmax: true, sequences: 4, tokens: 256, lr: 1.0e-4}]}\n"
     )
     with (tmp_path / "tasks.npz").open("wb") as file:
@@ -138,7 +142,13 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
     assert {"device", "date", "torch"} <= set(found)
     rows = [row for row in found["rows"] if row["seed"] == 0 and row["recipe"] == "align-kl"]
     assert [row["tokens"] for row in rows] == [0, 128, 2560, 2816]
-    assert [row["final"] for row in found["rows"] if row["tokens"]] == [False, False, True, True] * 2
+    again = [row for row in found["rows"] if row["seed"] == 0 and row["recipe"] == "align-kl-again"]
+    same = ("tokens", "excess_by_source", "train_loss", "final")
+    assert [[row[name] for name in same] for row in again] == [
+        [row[name] for name in same] for row in rows if row["tokens"] != 128
+    ]
+    last = [(row["recipe"], row["tokens"]) for row in found["rows"] if row["final"] and row["seed"] == 1]
+    assert last == [("align-kl", 2816), ("align-kl-again", 2816), ("metric", 5120), ("softmax", 256)]
     fields = {"recipe", "model", "seed", "tokens", "excess_nats", "excess_by_source", "base_loss", "gpu_seconds"}
     assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"] if row["recipe"] != "base")
     assert all(("accuracy" in row) == row["final"] for row in found["rows"])
@@ -151,14 +161,60 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "recovery.json").read_text() == content
 
 
-def test_alignment_loss_falls(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"own": True}, {"metric": 10.0}, {"own": True, "metric": 10.0}])
+def test_alignment_loss_falls(tiny_model: Path, tmp_path: Path, options: dict) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.integers(257, size=33 * 8).astype(np.uint16))
     np.savez(tmp_path / "held.npz", one=rng.integers(257, size=33 * 4))
     run = recovery.Run(tiny_model, tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
-    steps = Steps(run, Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2))
+    run.measure_metrics()
+    steps = Steps(run, Stage(tokens=20 * 4 * 32, align=True, sequences=4, lr=1e-2, **options))
     losses = [steps.step(i, run.train_ids[:4].long()).item() for i in range(steps.num_steps)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_metrics_are_the_fisher_information(tmp_path: Path) -> None:
+    _, teacher = pair(qk_norm=False)
+    teacher.save_pretrained(tmp_path / "base")
+    ids = np.random.default_rng(0).integers(97, size=2 * 2000).astype(np.uint16)
+    np.save(tmp_path / "train.npy", ids)
+    np.savez(tmp_path / "held.npz", one=ids[:64])
+    run = recovery.Run(tmp_path / "base", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 1)
+    tokens = run.train_ids[:, :1].long()  # alone, so that each token's label is its own
+    values, vectors = loss_metrics(run, tokens)[0]
+
+    rotation = run.rotation(run.teacher, 1)
+    first, second = run.teacher.model.layers
+    _, a, attended, _ = teach(first, run.teacher.model.embed_tokens(torch.arange(97)[:, None]), rotation)
+
+    def log_p(a: Tensor, x: Tensor) -> Tensor:
+        """Log-probabilities [W] of the token after one whose stream is x and whose attention gives a, each [E]."""
+        x = (x + a)[None, None]
+        x = x + first.mlp(first.post_attention_layernorm(x))
+        x = second(x, position_embeddings=rotation)
+        return run.teacher.lm_head(run.teacher.model.norm(x))[0, 0].log_softmax(-1)
+
+    exact = torch.zeros(32, 32)
+    counts = torch.bincount(tokens.flatten(), minlength=97)
+    for token, count in enumerate(counts.tolist()):
+        y = a[token, 0].detach()
+        x = attended[token, 0].detach() - y
+        g = torch.autograd.functional.jacobian(lambda y, x=x: log_p(y, x), y) * (x + y).square().mean().sqrt()
+        exact += count * g.T @ (log_p(y, x).exp()[:, None] * g)
+    exact /= exact.diagonal().mean()
+    found = vectors * values @ vectors.T
+    assert (found - exact).norm() < 0.2 * exact.norm()  # labels are sampled
+    assert values.mean().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_heads_of_their_own_are_the_same_attention(tmp_path: Path) -> None:
+    _, teacher = pair(qk_norm=False)
+    teacher.save_pretrained(tmp_path / "base")
+    recovery_bases.main(["kv-heads", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "own")])
+    own = BrumbyForCausalLM.from_pretrained(tmp_path / "own")
+    ids = torch.randint(97, (2, 16))
+    assert own.config.num_key_value_heads == 4
+    torch.testing.assert_close(own(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
@@ -170,7 +226,7 @@ def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     words = ["--base", "base", "--train", "train.npy", "--held-out", "held.npz", "--out", "norms"]
     words = [word if word.startswith("--") else tmp_path / word for word in words]
     words += ["--tokens", 64 * 128, "--sequence-length", 32, "--device", "cpu", "--no-compile"]
-    recovery_qk_norm.main([str(word) for word in words])
+    recovery_bases.main(["qk-norm", *(str(word) for word in words)])
     found = capsys.readouterr().out
     before, after = (float(number) for number in re.findall(r": (-?[0-9.]+)", found))
     assert after < before / 2
