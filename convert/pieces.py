@@ -22,23 +22,27 @@ from torch import Tensor
 BLOCK = 16 << 20  # bytes written, or read to be verified, at a time
 SPELLING = {torch.float32: "F32", torch.uint8: "U8"}
 MANIFEST = "manifest.json"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
 class Piece:
-    """A range of a parameter and what AdamW keeps of it; all tensors are [n].
+    """A range of a parameter and what the optimizer keeps of it; all tensors are [n].
 
     Attributes:
         name: the parameter's, as in the model's own checkpoint.
         start: of the range in the flattened parameter.
-        tensors: by kind: "weight", "exp_avg" and "exp_avg_sq", float32; of a frozen parameter "weight" alone, of
+        tensors: by kind: "weight" and AdamW's "exp_avg" and "exp_avg_sq", float32; or "weight" and Muon's
+            "momentum_buffer", of the gradients' dtype, or one of these; of a frozen parameter "weight" alone, of
             the model's dtype.
     """
 
     name: str
     start: int
     tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict:

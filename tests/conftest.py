@@ -90,6 +90,10 @@ def stage(lr: float = 1e-2, **changes) -> dict:
     return {"lr": lr, "gate_lr": lr, "schedule": schedule} | changes
 
 
+# Weights decay by 3% a step at the peak, so that it shows in the first step already.
+MUON = {"optimizer": {"name": "muon", "weight_decay": 3.0}, "stages": {"retrain": stage(muon_lr=1e-2)}}
+
+
 @pytest.fixture(scope="session")
 def make_run_in(tiny_model: Path, tiny_data: dict) -> Callable[..., Path]:
     """Make a run directory in a folder; keywords override fields of its configuration."""

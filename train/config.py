@@ -12,14 +12,26 @@ from brumby.data import DataConfig
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; the rates are those of the stages."""
+    """What turns gradients into updates; the rates are those of the stages.
 
+    Args:
+        name: "adamw", or "muon": Muon for the layers' matrices, without the gates', and AdamW for the rest. See
+            `brumby.train.muon` for what it costs.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: Of matrices other than the gates', times the rate.
+        clip_grad_norm: The largest norm of the gradient, under Muon of that of AdamW's parameters.
+    """
+
+    name: str = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name is {self.name!r}; expected 'adamw' or 'muon'")
         for name in ("eps", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
@@ -61,9 +73,10 @@ class StageConfig:
         kl: Weight of the Kullback-Leibler divergence from the base's distribution, in retraining.
         temperature: Of both distributions in that divergence.
         lr: Peak learning rate.
-        mixer_lr: That of the mixers, without their gates; None: `lr`.
+        mixer_lr: That of the mixers, without their gates; None: `lr`. Not under Muon.
         gate_lr: That of the gates.
-        schedule: Of all three, over the stage's tokens.
+        muon_lr: That of Muon's matrices, of mixers and MLPs, for updates of AdamW's size (arXiv 2502.16982).
+        schedule: Of all of them, over the stage's tokens.
     """
 
     tokens: int | None = None
@@ -74,16 +87,28 @@ class StageConfig:
     lr: float = 3e-4
     mixer_lr: float | None = None
     gate_lr: float = 3e-3
+    muon_lr: float | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
-    def validate(self, where: str) -> None:
-        """Raises ValueError for a value out of range, naming it as a field of `where`."""
+    def validate(self, where: str, optimizer: str) -> None:
+        """Raises ValueError for a value out of range or not of the optimizer, naming it as a field of `where`."""
         if self.objective not in ("align", "retrain"):
             raise ValueError(f"{where}.objective is {self.objective!r}; expected 'align' or 'retrain'")
-        for name in ("tokens", "temperature", "lr", "mixer_lr", "gate_lr"):
+        for name in ("tokens", "temperature", "lr", "mixer_lr", "gate_lr", "muon_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{where}.{name} is {value}; it must be above 0")
+        if optimizer == "muon" and self.muon_lr is None:
+            raise ValueError(f"{where}.muon_lr is missing; with optimizer.name=muon every stage needs it")
+        if optimizer == "muon" and self.mixer_lr is not None:
+            raise ValueError(
+                f"{where}.mixer_lr is {self.mixer_lr}; with optimizer.name=muon make it null: the mixers' "
+                "matrices have muon_lr"
+            )
+        if optimizer != "muon" and self.muon_lr is not None:
+            raise ValueError(
+                f"{where}.muon_lr is {self.muon_lr}, which only optimizer.name=muon has; it is {optimizer}"
+            )
         for name in ("ce", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{where}.{name} is {getattr(self, name)}; it must not be negative")
@@ -201,7 +226,7 @@ class RunConfig:
             raise ValueError(f"step_timeout is {self.step_timeout} seconds; it must be above 0")
         self.stages = self.stages or {"retrain": StageConfig()}
         for name, stage in self.stages.items():
-            stage.validate(f"stages.{name}")
+            stage.validate(f"stages.{name}", self.optimizer.name)
 
     @property
     def run_dir(self) -> Path:

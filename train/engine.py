@@ -1,6 +1,7 @@
 """From a converted checkpoint to a DeepSpeed engine, and the teacher beside it."""
 
 import os
+from typing import Any
 
 import deepspeed
 import torch
@@ -10,6 +11,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from brumby.data import schedule
 from brumby.model import BrumbyForCausalLM
+from brumby.train import muon
 from brumby.train.config import OptimizerConfig, RunConfig
 from brumby.train.guard import Guard
 from brumby.train.objective import Objective
@@ -34,7 +36,7 @@ def setup_distributed() -> torch.device:
         device = torch.device("cpu")
     # Saves a minute of compiling at the first start on a CPU, where gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It imports Muon to ask whether the optimizer is one, which would load a compiler: three seconds a rank.
+    # It imports Muon, if only to ask whether the optimizer is one, which loads a compiler: three seconds a rank.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -44,13 +46,16 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
     rows = schedule(config.data)[0].sequences_per_step  # the trainer sets it anew with the phase
     accumulation = rows // (config.micro_batch * world_size)
     zero: dict = {"stage": config.zero_stage if train or config.zero_stage == 3 else 0}
+    with_muon = config.optimizer.name == "muon"
+    if with_muon and config.zero_stage == 3:
+        zero["reduce_scatter"] = False  # or it refuses Muon
     if not torch.cuda.is_available():  # where models are small; the defaults would hold them whole, or twice
         zero |= {"reduce_bucket_size": 2**25, "allgather_bucket_size": 2**25}
         zero |= {"stage3_param_persistence_threshold": 2**9}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation if train else 1,
-        "gradient_clipping": config.optimizer.clip_grad_norm if train else 0.0,
+        "gradient_clipping": config.optimizer.clip_grad_norm if train and not with_muon else 0.0,
         "bf16": {
             "enabled": config.precision == "bf16",
             "check_grad_overflow": True,
@@ -64,18 +69,26 @@ def deepspeed_config(config: RunConfig, world_size: int, train: bool = True) -> 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """What is trained, by its kind, with weight decay for matrices other than the gates'.
 
-    The `kind` is that of the rates of a stage: "gates", "mixers" (the rest of the attention) or "rest".
+    The `kind` is that of the rates of a stage: "gates", "mixers" (the rest of the attention) or "rest". What Muon
+    updates is apart, as "mixer_matrices" and "mlp_matrices", by the `rate_factor` of the kind's rate.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = "gates" if ".g_proj." in name else "mixers" if ".self_attn." in name else "rest"
-        is_vector = name.endswith(".bias") or "norm." in name
-        groups.setdefault((kind, kind != "gates" and not is_vector), []).append(parameter)
+        is_vector, factor = name.endswith(".bias") or "norm." in name, 1.0
+        if config.name == "muon" and muon.updates(name, parameter):
+            kind, factor = "mixer_matrices" if kind == "mixers" else "mlp_matrices", muon.rate_factor(parameter)
+        groups.setdefault((kind, kind != "gates" and not is_vector, factor), []).append(parameter)
     return [
-        {"kind": kind, "params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (kind, decays), parameters in sorted(groups.items())
+        {
+            "kind": kind,
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "rate_factor": factor,
+        }
+        for (kind, decays, factor), parameters in sorted(groups.items())
     ]
 
 
@@ -91,20 +104,18 @@ def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -
 
 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.DeepSpeedEngine, Guard]:
-    """The model under training, with AdamW and ZeRO, and what keeps bad steps from it."""
+    """The model under training, with its optimizer and ZeRO, and what keeps bad steps from it."""
     world_size = dist.get_world_size()
     model = load_model(config, world_size, use_exp=False, train=True)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer),
-        lr=0.0,  # each step sets its stage's
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        fused=device.type == "cuda",
-    )
+    groups, fused = parameter_groups(model, config.optimizer), device.type == "cuda"
+    adamw: dict[str, Any] = {"betas": tuple(config.optimizer.betas), "eps": config.optimizer.eps, "fused": fused}
+    with_muon = config.optimizer.name == "muon"
+    # Each step sets its stage's rates.
+    optimizer = muon.build(groups, adamw) if with_muon else torch.optim.AdamW(groups, lr=0.0, **adamw)
     # From the start: at stage 0 in bf16 DeepSpeed makes a step without gradients, which decays the weights.
-    guard = Guard(optimizer, config.stability)
+    guard = Guard(optimizer, config.stability, config.optimizer.clip_grad_norm if with_muon else None)
     engine, *_ = deepspeed.initialize(
         model=Objective(model.train()), optimizer=optimizer, config=deepspeed_config(config, world_size)
     )

@@ -10,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch.optim import Optimizer
 
+from brumby.train import muon
 from brumby.train.config import StabilityConfig
 
 SPREAD = 0.05  # the least spread of a logarithm: a curve that happens to be smooth must not make spikes
@@ -20,18 +21,20 @@ class DivergenceError(RuntimeError):
 
 
 class Guard:
-    """Stands between ZeRO and AdamW, where loss and global gradient norm are known and nothing is changed yet.
+    """Stands between ZeRO and the optimizer, where loss and gradient norm are known and nothing is changed yet.
 
     ZeRO of every stage reduces the gradients, takes their norm, and calls the optimizer's `step`, once or
     for each of its groups. If that does nothing, weights and moments stay as they are, to the bit. A
-    norm that is not finite never comes so far: DeepSpeed drops such a step itself.
+    norm that is not finite never comes so far: DeepSpeed drops such a step itself. Under Muon the decision falls
+    before ZeRO's step, on the norm of AdamW's gradients, which are clipped here: see `brumby.train.muon`.
 
     The loss and the norm of each applied step are kept; a step is a spike if the logarithm of its own lies more
     than `stability.spike` robust standard deviations (1.4826 x median absolute deviation) above their median.
     """
 
-    def __init__(self, optimizer: Optimizer, config: StabilityConfig) -> None:
-        self.config = config
+    def __init__(self, optimizer: Optimizer, config: StabilityConfig, muon_clip: float | None = None) -> None:
+        """`muon_clip`: with Muon, the largest norm of AdamW's gradients."""
+        self.optimizer, self.config, self.muon_clip = optimizer, config, muon_clip
         self.apply = optimizer.step
         optimizer.step = self._step  # type: ignore[method-assign]
         self.engine: DeepSpeedEngine | None = None
@@ -74,10 +77,14 @@ class Guard:
         """
         self.engine, self.loss, self.norm = engine, loss, norm
         self.decided, self.verdict = False, None
+        if self.muon_clip is not None:
+            self._decide()
+            if self.verdict:
+                muon.discard(engine)
         skipped = engine.skipped_steps
         engine.step()
         grad_norm = float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
-        if engine.skipped_steps > skipped or not engine.was_step_applied():
+        if self.verdict is None and (engine.skipped_steps > skipped or not engine.was_step_applied()):
             self.verdict = f"DeepSpeed dropped it: loss {loss}, gradient norm {grad_norm}"
         if self.verdict is None:
             self.losses.append(loss)
@@ -92,8 +99,20 @@ class Guard:
     def _step(self, closure=None):
         if not self.decided:
             self._decide()
-            self.decided = True
-        return None if self.verdict else self.apply(closure)
+        if self.verdict:
+            return None
+        if self.muon_clip is not None:
+            self._clip(self.muon_clip)
+        return self.apply(closure)
+
+    def _clip(self, max_norm: float) -> None:
+        assert self.norm is not None
+        scale = (max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        for group in self.optimizer.param_groups:
+            if not group["use_muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(scale)
 
     def _decide(self) -> None:
         assert self.engine is not None
@@ -105,6 +124,7 @@ class Guard:
         flag = torch.tensor(float(verdict is not None), device=self.engine.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.verdict = verdict or ("another rank found it bad" if flag.item() else None)
+        self.decided = True
 
 
 def spike(name: str, value: float, before: deque[float], config: StabilityConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps a model: the pieces of float32 weights and AdamW moments on this rank.
+"""Where DeepSpeed keeps a model: the pieces of float32 weights and of the optimizer's moments on this rank.
 
 ZeRO flattens a group's parameters and cuts the result into a part a rank (stages 1, 2), or cuts every parameter
 (stage 3); stage 0 keeps all on each. Here these are views by parameter name, so that a checkpoint looks the same
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 
 def pieces(engine: "DeepSpeedEngine") -> list[Piece]:
-    """What this rank is to save of the model: all ranks' together are every element once, as views."""
+    """What this rank is to save of the model, as views: all ranks' together are every element once.
+
+    But momenta at stages 1 and 2, of which each rank keeps whole matrices, so that two may have the same.
+    """
     stage = engine.zero_optimization_stage()
     apart = (trained(engine) if stage > 0 else []) + (frozen(engine) if stage == 3 else [])
     whole = (trained(engine) if stage == 0 else []) + (frozen(engine) if stage < 3 else [])
     found = apart + [share(piece, dist.get_rank(), dist.get_world_size()) for piece in whole]
-    return [piece for piece in found if len(piece.tensors["weight"])]
+    return [piece for piece in found if len(piece)]
 
 
 def trained(engine: "DeepSpeedEngine") -> list[Piece]:
@@ -34,8 +37,14 @@ def trained(engine: "DeepSpeedEngine") -> list[Piece]:
         if not parameter.requires_grad:
             continue
         for start, flat, offset, length in _places(engine, parameter):
-            state = _state(engine, flat)
-            whole = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            whole = {"weight": flat.detach()}
+            if not getattr(parameter, "use_muon", False):
+                state = _state(engine, flat)
+                whole |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            elif engine.zero_optimization_stage() in (1, 2):
+                found.append(Piece(name, 0, {"momentum_buffer": _whole_momentum(engine, parameter, flat)}))
+            else:
+                whole["momentum_buffer"] = _momentum(engine, flat)
             parts = {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in whole.items()}
             found.append(Piece(name, start, parts))
     return found
@@ -57,7 +66,7 @@ def frozen(engine: "DeepSpeedEngine") -> list[Piece]:
 
 def share(piece: Piece, rank: int, world_size: int) -> Piece:
     """This rank's part of a piece that all ranks have."""
-    length = len(piece.tensors["weight"])
+    length = len(piece)
     start, end = length * rank // world_size, length * (rank + 1) // world_size
     return Piece(piece.name, piece.start + start, {k: tensor[start:end] for k, tensor in piece.tensors.items()})
 
@@ -74,12 +83,13 @@ def shapes(engine: "DeepSpeedEngine") -> dict[str, list[int]]:
 
 def num_updates(engine: "DeepSpeedEngine") -> int:
     """How often AdamW has stepped since its moments were begun; its bias correction depends on it."""
-    return max((int(state["step"].item()) for state in engine.basic_optimizer.state.values() if state), default=0)
+    states = engine.basic_optimizer.state.values()
+    return max((int(state["step"].item()) for state in states if "step" in state), default=0)
 
 
 @torch.no_grad()
 def forget_moments(engine: "DeepSpeedEngine") -> None:
-    """Begin AdamW's moments and its bias correction anew."""
+    """Begin the optimizer's moments and AdamW's bias correction anew."""
     for state in engine.basic_optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
@@ -98,7 +108,8 @@ def restore(engine: "DeepSpeedEngine", reader: PiecesReader, updates: int) -> No
         for kind, tensor in piece.tensors.items():
             tensor.copy_(reader.read(kind, piece.name, piece.start, len(tensor)))
     for state in engine.basic_optimizer.state.values():
-        state["step"].fill_(updates)
+        if "step" in state:
+            state["step"].fill_(updates)
     if engine.zero_optimization_stage() == 3:
         for group in range(len(engine.optimizer.fp16_groups)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -153,8 +164,34 @@ def _state(engine: "DeepSpeedEngine", flat: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a tensor it updates, made as AdamW would make it if this is before its first step."""
     state = engine.basic_optimizer.state[flat]
     if not state:
-        on_device = engine.basic_optimizer.defaults["fused"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         state["exp_avg"] = torch.zeros_like(flat)
         state["exp_avg_sq"] = torch.zeros_like(flat)
     return state
+
+
+def _momentum(engine: "DeepSpeedEngine", flat: Tensor) -> Tensor:
+    """Muon's momentum of a tensor, laid out like it, made as DeepSpeed would make it; at stages 0 and 3."""
+    state, stage = engine.basic_optimizer.state[flat], engine.zero_optimization_stage()
+    if not state:
+        dtype = engine.optimizer.communication_data_type if stage == 3 else flat.dtype
+        state["momentum_buffer"] = torch.zeros_like(flat, dtype=dtype)
+    return state["momentum_buffer"]
+
+
+def _whole_momentum(engine: "DeepSpeedEngine", parameter: Any, flat: Tensor) -> Tensor:
+    """Muon's momentum of a whole matrix, [n], where this rank's partition `flat` has a part of it; at stages 1, 2.
+
+    Those of all such matrices follow one another in a buffer, in the gradients' dtype.
+    """
+    matrices = engine.optimizer.params_in_partition[parameter._hp_mapping.param_group_index]
+    state = engine.basic_optimizer.state[flat]
+    if not state:
+        num_elements = sum(matrix.numel() for matrix in matrices)
+        state["momentum_buffer"] = torch.zeros(num_elements, dtype=parameter.dtype, device=flat.device)
+    start = 0
+    for matrix in matrices:
+        if matrix is parameter:
+            break
+        start += matrix.numel()
+    return state["momentum_buffer"].narrow(0, start, parameter.numel())

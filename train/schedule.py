@@ -29,14 +29,21 @@ class Stage:
     config: StageConfig
 
     def rates(self, tokens_seen: int) -> dict[str, float]:
-        """The learning rate of each kind of parameter; `tokens_seen` counts from the run's start."""
+        """The learning rate of each kind of parameter; `tokens_seen` counts from the run's start.
+
+        Muon's matrices are kinds of their own, which there are with a `muon_lr`.
+        """
         c = self.config
         ratio = lr_ratio(c.schedule, tokens_seen - self.first_token, self.num_tokens)
-        return {
+        rates = {
             "gates": c.gate_lr * ratio,
             "mixers": (c.lr if c.mixer_lr is None else c.mixer_lr) * ratio,
             "rest": 0.0 if c.aligns else c.lr * ratio,
         }
+        if c.muon_lr is not None:
+            rates["mixer_matrices"] = c.muon_lr * ratio
+            rates["mlp_matrices"] = 0.0 if c.aligns else c.muon_lr * ratio
+        return rates
 
 
 def plan(config: RunConfig) -> list[Stage]:

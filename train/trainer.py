@@ -17,6 +17,7 @@ from torch import Tensor
 
 from brumby.data import Batch, Batches, check_divisible
 from brumby.data.batches import IGNORE_INDEX
+from brumby.train import muon
 from brumby.train.checkpoint import Checkpoints
 from brumby.train.config import RunConfig, StageConfig
 from brumby.train.engine import build_engine, build_teacher, setup_distributed
@@ -201,7 +202,7 @@ class Trainer:
         (num_valid,) = self.all_reduce([local_valid])
         rates = stage.rates(tokens_seen)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rates[group["kind"]]
+            group["lr"] = rates[group["kind"]] * group["rate_factor"]
 
         measuring = time.perf_counter()
         sums = self.measure(stage.config, batches) if measure else {}
@@ -217,7 +218,7 @@ class Trainer:
         *totals, stop, pending = self.all_reduce([*(value.item() for value in sums.values()), *flags])
         self.stop_requested = stop > 0  # all ranks decide alike, whichever got the signal
         means = {name: total / num_valid for name, total in zip(sums, totals, strict=True)}
-        grad_norm, verdict = self.guard.step(self.engine, means["objective"], plain_grad_norm(self.engine))
+        grad_norm, verdict = self.guard.step(self.engine, means["objective"], plain_grad_norm(self.engine, config))
         self.checkpoints.settle(pending > 0)
 
         seconds = time.perf_counter() - start
@@ -234,6 +235,7 @@ class Trainer:
             "lr": rates["rest"],
             "mixer_lr": rates["mixers"],
             "gate_lr": rates["gates"],
+            **({"muon_lr": rates["mixer_matrices"]} if config.optimizer.name == "muon" else {}),
             "grad_norm": finite(grad_norm),
             "valid_tokens": int(num_valid),
             "skipped_steps": self.guard.skipped,
@@ -388,8 +390,10 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def plain_grad_norm(engine) -> Tensor | None:
-    """The gradient's norm where DeepSpeed has no optimizer of its own that keeps it: stage 0 in float32."""
+def plain_grad_norm(engine, config: RunConfig) -> Tensor | None:
+    """The gradient's norm where DeepSpeed does not keep it: stage 0 in float32 and, of AdamW's, under Muon."""
+    if config.optimizer.name == "muon":
+        return muon.adamw_norm(engine)
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

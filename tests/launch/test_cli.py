@@ -124,6 +124,13 @@ def test_an_experiment_of_ones_own(tmp_path, capsys):
         (["train", "experiment=demo", "stages.retrain.kl=-1"], "stages.retrain.kl is -1"),
         (["train", "experiment=demo", "stages.retrain.ce=0", "stages.retrain.kl=0"], "are both 0"),
         (["train", "experiment=demo", "stages.retrain.mixer_lr=0"], "stages.retrain.mixer_lr is 0"),
+        (["train", "experiment=demo", "stages.retrain.muon_lr=1"], "stages.retrain.muon_lr is 1.0, which only"),
+        (["train", "experiment=demo", "optimizer.name=lion"], "optimizer.name is 'lion'; expected 'adamw' or"),
+        (["train", "experiment=demo", "optimizer.name=muon"], "stages.retrain.muon_lr is missing"),
+        (
+            ["train", "experiment=demo", "optimizer.name=muon", "stages.retrain.muon_lr=1"],
+            "stages.retrain.mixer_lr is 0.0015; with optimizer.name=muon",
+        ),
         (["train", "experiment=demo", "stages.retrain.schedule.min_ratio=2"], "stages.retrain.schedule.min_ratio"),
         (["train", "experiment=demo", "stages.align.tokens=null"], "stages.align.tokens is missing"),
         (["train", "experiment=demo", "stages.align.tokens=40000"], "stages.align.tokens is 40,000"),

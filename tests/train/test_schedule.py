@@ -2,7 +2,7 @@ import pytest
 
 from brumby.data import DataConfig
 from brumby.train.config import RunConfig, ScheduleConfig, StageConfig
-from brumby.train.schedule import lr_ratio, plan
+from brumby.train.schedule import Stage, lr_ratio, plan
 
 
 def test_wsd_warms_up_stays_and_decays():
@@ -44,4 +44,15 @@ def test_stages_start_at_the_first_step_after_the_tokens_before_them():
         {"gates": 6.0, "mixers": 5.0, "rest": 0.0},
         {"gates": 3.0, "mixers": 2.0, "rest": 2.0},
         {"gates": 3e-3, "mixers": 4.0, "rest": 1.0},
+    ]
+
+
+def test_muons_matrices_have_one_rate_and_mlps_none_in_alignment():
+    schedule = ScheduleConfig("wsd", warmup_tokens=100)
+    retrain = StageConfig(lr=1.0, gate_lr=2.0, muon_lr=4.0, schedule=schedule)
+    align = StageConfig(objective="align", lr=1.0, gate_lr=2.0, muon_lr=4.0, schedule=schedule)
+    found = [Stage("s", 0, 0, 0, 1000, config).rates(50) for config in (retrain, align)]
+    assert found == [
+        {"gates": 1.0, "mixers": 0.5, "rest": 0.5, "mixer_matrices": 2.0, "mlp_matrices": 2.0},
+        {"gates": 1.0, "mixers": 0.5, "rest": 0.0, "mixer_matrices": 2.0, "mlp_matrices": 0.0},
     ]

@@ -1,6 +1,7 @@
 """Real runs of real ranks: what they write, what they compute, how they are interrupted and resumed."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,19 +42,42 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
     return {name: reader.weight(name) for name in reader.shapes}
 
 
-def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None, trained: str = "") -> list[float]:
+def is_hidden(name: str) -> bool:
+    """Whether Muon updates the parameter: a layer's matrix, not the gates'."""
+    return name.endswith("_proj.weight") and "g_proj" not in name
+
+
+def plain_losses(run_dir, use_exp: bool = False, trained: str = "") -> list[float]:
+    return plain_training(run_dir, use_exp, trained=trained)[0]
+
+
+def plain_training(
+    run_dir, use_exp: bool = False, steps: int | None = None, trained: str = ""
+) -> tuple[list[float], BrumbyForCausalLM]:
     """The same training in plain PyTorch: one process, whole batches, documents one by one.
 
     Parameters without `trained` in their names are frozen. A copy in the run's precision computes the gradients.
+
+    Returns:
+        The losses and the float32 model behind the last step.
     """
     config = load(run_dir)
+    stage, with_muon = config.stages["retrain"], config.optimizer.name == "muon"
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
     copy = deepcopy(model).to(DTYPES[config.precision])
     named = [(n, p) for n, p in model.named_parameters() if trained in n]
-    matrices = [p for n, p in named if p.ndim == 2 and "g_proj" not in n]
-    others = [p for n, p in named if p.ndim == 1 or "g_proj" in n]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    hidden = [p for n, p in named if with_muon and is_hidden(n)]
+    by_adamw = [(n, p) for n, p in named if not (with_muon and is_hidden(n))]
+    matrices = [p for n, p in by_adamw if p.ndim == 2 and "g_proj" not in n]
+    others = [p for n, p in by_adamw if p.ndim == 1 or "g_proj" in n]
+    decay = config.optimizer.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8), stage.lr)
+    ]
+    if with_muon:
+        muon = torch.optim.Muon(hidden, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append((muon, stage.muon_lr or math.nan))
     found, batches = [], Batches(config.data)
     total_tokens = batches.tokens_seen(batches.num_steps)
     for step in range(steps or batches.num_steps):
@@ -71,13 +95,14 @@ def plain_losses(run_dir, use_exp: bool = False, steps: int | None = None, train
         (total / count).backward()
         for name, p in named:
             p.grad = copy.get_parameter(name).grad.float()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in by_adamw], 1.0)
         seen = batches.tokens_seen(step + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = config.stages["retrain"].lr * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
-        optimizer.step()
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(seen / 512, (total_tokens - seen) / 1024, 1.0)
+            optimizer.step()
         copy.load_state_dict(model.state_dict())
-    return found
+    return found, model
 
 
 def test_one_rank_trains_as_plain_pytorch_does(make_run):
