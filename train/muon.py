@@ -67,16 +67,18 @@ def build(groups: list[dict], adamw: dict) -> "Optimizer":
 
 
 def adamw_norm(engine: "DeepSpeedEngine") -> Tensor:
-    """The norm of the reduced gradients of AdamW's parameters, between the last backward and the step."""
-    partitioned = engine.zero_optimization_stage() > 0
-    if partitioned:
-        gradients = [g for i, found in _gradients(engine) if not _is_muon(engine, i) for g in found]
+    """The norm of the reduced gradients of AdamW's parameters, between the last backward and the step.
+
+    It is NaN if anything of Muon's is not finite.
+    """
+    if partitioned := engine.zero_optimization_stage() > 0:
+        found = [(g, _is_muon(engine, i)) for i, gradients in _gradients(engine) for g in gradients]
     else:
-        parameters = [p for p in engine.module.parameters() if not getattr(p, "use_muon", False)]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        found = [(p.grad, p.use_muon) for p in parameters]
     square = torch.zeros((), device=engine.device)
-    for gradient in gradients:
-        square += gradient.float().square().sum()
+    for gradient, is_muon in found:
+        square += 0 * gradient.float().sum() if is_muon else gradient.float().square().sum()
     if partitioned:
         dist.all_reduce(square)
     return square.sqrt()

@@ -4,6 +4,8 @@ import math
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from brumby.convert.pieces import PiecesReader
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
+from brumby.train.muon import adamw_norm
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
 from tests.conftest import MUON, stage, train
@@ -71,6 +74,17 @@ def assert_same(run_dir: Path, whole: Path, from_step: int) -> None:
         assert torch.equal(*values), (kind, name)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_norm_is_adamws_and_shows_a_matrix_that_is_not_finite(value):
+    module = torch.nn.Linear(3, 4)
+    module.weight.use_muon, module.bias.use_muon = True, False
+    engine: Any = SimpleNamespace(zero_optimization_stage=lambda: 0, module=module, device="cpu")
+    module(torch.randn(2, 3)).square().sum().backward()
+    assert adamw_norm(engine).item() == pytest.approx(module.bias.grad.norm().item())
+    module.weight.grad[0, 0] = value
+    assert adamw_norm(engine).isnan()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_an_update_is_that_of_torchs_muon(trained, monkeypatch, zero_stage):
@@ -96,17 +110,16 @@ def test_an_update_is_that_of_torchs_muon(trained, monkeypatch, zero_stage):
 
 @pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_or_elsewhere(make_run, trained):
-    """Under ZeRO-2; then by four ranks, which cut its matrices, and by one under ZeRO-3.
+    """Under ZeRO-2; then by one rank under ZeRO-3.
 
     There the gradients' last bits differ, which the iteration in bfloat16 makes more of than AdamW does.
     """
     whole = trained(**FULL, zero_stage=2)
     take_up(again := make_run("again", **FULL, zero_stage=2), whole, step=6, num_ranks=2)
     assert_same(again, whole, from_step=6)
-    for num_ranks, zero_stage in ((4, 1), (1, 3)):
-        take_up(run_dir := make_run(f"by-{num_ranks}", **FULL, zero_stage=zero_stage), whole, 9, num_ranks)
-        assert losses(run_dir)[:1] == pytest.approx(losses(whole)[9:10], abs=1e-5)
-        assert losses(run_dir) == pytest.approx(losses(whole)[9:], abs=2e-3)
+    take_up(run_dir := make_run("elsewhere", **FULL, zero_stage=3), whole, step=9, num_ranks=1)
+    assert losses(run_dir)[:1] == pytest.approx(losses(whole)[9:10], abs=1e-5)
+    assert losses(run_dir) == pytest.approx(losses(whole)[9:], abs=2e-3)
 
 
 @pytest.mark.slow
