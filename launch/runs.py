@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 from brumby.data import Batches, check_divisible, load_tokenizer, schedule
+from brumby.model import BrumbyConfig
 from brumby.train import config as run_config
 from brumby.train.checkpoint import problems
 from brumby.train.config import RunConfig
@@ -69,6 +70,11 @@ def check(run: RunConfig, num_ranks: int) -> None:
         raise ValueError(
             f"model: {run.model} is a {model.get('model_type')!r} checkpoint; convert it with "
             f"`brumby convert source={run.model} out=...`"
+        )
+    if run.calibrate and not BrumbyConfig(**model).gate_bias:
+        raise ValueError(
+            f"calibrate: the gates of {run.model} have no biases to be set; convert it with gate_bias=true, or "
+            "leave out calibrate"
         )
     for phase in schedule(run.data):
         check_divisible(phase.sequences_per_step, num_ranks, run.micro_batch)

@@ -177,6 +177,8 @@ class RunConfig:
         micro_batch: Sequences a rank puts through the model at once.
         zero_stage: 0 to 3, see DeepSpeed's ZeRO.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping it.
+        calibrate: Before the first step, set the gates from how far back the base's attention looks in that step's
+            samples: see `brumby.train.calibration`. The gates need biases.
         checkpoint_every: Steps between checkpoints; the last step always has one.
         keep_checkpoints: How many of the newest stay on disk.
         keep_every: A multiple of `checkpoint_every`; checkpoints of every so many steps stay too.
@@ -198,6 +200,7 @@ class RunConfig:
     micro_batch: int = 1
     zero_stage: int = 2
     activation_checkpointing: bool = False
+    calibrate: bool = False
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     keep_every: int | None = None

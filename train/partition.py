@@ -5,7 +5,7 @@ ZeRO flattens a group's parameters and cuts the result into a part a rank (stage
 whichever stage wrote it. Everything that knows DeepSpeed's insides for the sake of checkpoints is in this file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,22 +102,39 @@ def restore(engine: "DeepSpeedEngine", reader: PiecesReader, updates: int) -> No
     Raises:
         ValueError: a parameter of the model is not in it.
     """
+    _write(engine, reader.read)
+    for state in engine.basic_optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(updates)
+
+
+@torch.no_grad()
+def set_weights(engine: "DeepSpeedEngine", weights: dict[str, Tensor]) -> None:
+    """Give trained parameters new values, by name, each in the parameter's shape; all ranks the same ones."""
+
+    def read(kind: str, name: str, start: int, length: int) -> Tensor | None:
+        found = weights.get(name) if kind == "weight" else None
+        return None if found is None else found.flatten()[start : start + length]
+
+    _write(engine, read)
+
+
+def _write(engine: "DeepSpeedEngine", read: Callable[[str, str, int, int], Tensor | None]) -> None:
+    """Fill what this rank has of the model with what `read` gives for kind, name, start, length, unless None."""
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.checkpoint_event_prologue()  # all parameters back in parts
     for piece in trained(engine) + frozen(engine):
         for kind, tensor in piece.tensors.items():
-            tensor.copy_(reader.read(kind, piece.name, piece.start, len(tensor)))
-    for state in engine.basic_optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(updates)
+            if (found := read(kind, piece.name, piece.start, len(tensor))) is not None:
+                tensor.copy_(found)
     if engine.zero_optimization_stage() == 3:
         for group in range(len(engine.optimizer.fp16_groups)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         engine.optimizer.checkpoint_event_epilogue()  # the small ones whole again
     else:
         for name, parameter in named_parameters(engine):
-            weight = reader.read("weight", name, 0, parameter.numel())
-            parameter.copy_(weight.view_as(parameter))
+            if (found := read("weight", name, 0, parameter.numel())) is not None:
+                parameter.copy_(found.view_as(parameter))
 
 
 def comparable(engine: "DeepSpeedEngine") -> list[Tensor]:

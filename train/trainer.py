@@ -18,6 +18,7 @@ from torch import Tensor
 from brumby.data import Batch, Batches, check_divisible
 from brumby.data.batches import IGNORE_INDEX
 from brumby.train import muon
+from brumby.train.calibration import calibrate_gates
 from brumby.train.checkpoint import Checkpoints
 from brumby.train.config import RunConfig, StageConfig
 from brumby.train.engine import build_engine, build_teacher, setup_distributed
@@ -143,6 +144,9 @@ class Trainer:
     def restore(self, state: dict | None) -> dict:
         """Take up a checkpoint's state, or a new run's."""
         if state is None:
+            if self.config.calibrate:
+                batches = self.batches.micro_batches(0, self.rank, self.world_size, self.config.micro_batch)
+                calibrate_gates(self.engine, self.teacher, (inputs(batch, self.device) for batch in batches))
             return {"step": 0, "wall_seconds": 0.0}
         if changes := self.batches.changes_since(state["fingerprint"]):
             raise ValueError(
