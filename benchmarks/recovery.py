@@ -110,7 +110,8 @@ class Run:
         self.student = self.load(base, use_exp=False)
         self.start = self.copy_of_student()
         self.calibrated: tuple[tuple[Calibration, int], dict[str, Tensor], float] | None = None
-        self.first: tuple[Any, dict[str, Tensor], float, float] | None = None  # of the last recipe with several
+        # What the last first stage gave, with its seconds and loss: many recipes begin alike.
+        self.first: tuple[Any, dict[str, Tensor], float, float] | None = None
         self.metrics: list[tuple[Tensor, Tensor]] = []
         self.metrics_seconds = 0.0
         wrap: Callable[[Any], Any] = torch.compile if compile else lambda function: function
@@ -231,7 +232,7 @@ class Run:
         for stage in recipe.stages:
             final = stage is recipe.stages[-1]
             key = seed, recipe.calibration, recipe.power, stage
-            if self.first and self.first[0] == key and not seen:
+            if self.first and self.first[0] == key and not seen and not recipe.evaluate_at:
                 _, state, first_seconds, loss = self.first
                 student.load_state_dict(state)
                 num_sequences = max(1, stage.tokens // (stage.sequences * self.T)) * stage.sequences
