@@ -1,6 +1,7 @@
 """Gates set from the base's attention before a run's first step."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from brumby.convert.pieces import PiecesReader
 from brumby.data import Batches
 from brumby.data.batches import IGNORE_INDEX
 from brumby.launch.runs import check, find_checkpoint
-from brumby.model import BrumbyConfig, BrumbyForCausalLM
+from brumby.model import BrumbyConfig, BrumbyForCausalLM, modeling_brumby
+from brumby.model.modeling_brumby import softmax_attention
 from brumby.train import calibration
 from brumby.train.config import load
 from brumby.train.objective import Objective, inputs
@@ -40,6 +42,31 @@ def test_attention_is_summed_by_distance(monkeypatch, queries):
     bounds = [0, 1, 9, 17]
     found = calibration.by_distance(q, k, torch.tensor(bounds))
     torch.testing.assert_close(found, attention_by_hand(q, k, bounds), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_it_is_the_attention_that_the_base_computes(monkeypatch, qk_norm):
+    """Its queries and keys as they come to softmax, by hand."""
+    config = BrumbyConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, qk_norm=qk_norm, use_exp=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = BrumbyForCausalLM(config).eval()
+    seen = []
+
+    def note(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        if len(rest) > 1:  # all documents, and no call for one of them
+            seen.append((q[0], k[0]))
+        return softmax_attention(q, k, *rest)
+
+    monkeypatch.setattr(modeling_brumby, "softmax_attention", note)
+    bounds, ids = [0, 5, 10, 20], torch.randint(97, (2, 10))
+    positions = torch.cat([torch.arange(j - i) for i, j in pairwise(bounds)]).view(2, 10)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "cu_seqlens": torch.tensor(bounds)}
+    found = calibration.attention_by_distance(Teacher(Base(model), model), batch)
+    expected = torch.stack([attention_by_hand(q, k, bounds) for q, k in seen])
+    assert expected.shape == (2, 2, 20)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gate_halves_in_the_median_distance():
