@@ -45,9 +45,11 @@ def problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, which is none any more from the first moment on."""
-    unfinished = folder.with_name(f"unfinished-{folder.name}-removed")
-    folder.rename(unfinished)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f"unfinished-{folder.name}-removed"))
 
 
 def versions() -> dict[str, str]:
@@ -69,6 +71,7 @@ class Checkpoints:
         self.host: dict[str, Tensor] = {}
         self.state: dict | None = None  # of the checkpoint being written
         self.writer: threading.Thread | None = None
+        self.remover: threading.Thread | None = None  # of old ones: gigabytes take a file system a second
         self.written: dict | None = None
         self.error: str | None = None  # why the last one was not written
 
@@ -129,6 +132,8 @@ class Checkpoints:
             self.writer.join()
         dist.barrier()
         self.settle(any_pending=False)
+        if self.remover is not None:
+            self.remover.join()
 
     def load(self, before: int | None = None) -> dict | None:
         """Load the newest checkpoint that verifies, of a step below `before`; its state, None if there is none.
@@ -247,8 +252,14 @@ class Checkpoints:
         (self.folder / "latest.tmp").rename(self.folder / "latest")
         every = self.config.keep_every
         kept = [f for f in completed(self.config.run_dir) if every is None or step_of(f) % every]
-        for old in kept[: -self.config.keep_checkpoints]:
-            remove(old)
+        if old := [_set_aside(folder) for folder in kept[: -self.config.keep_checkpoints]]:
+            self.remover = threading.Thread(target=_delete, args=old)
+            self.remover.start()
+
+
+def _delete(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # the next checkpoint tries again
 
 
 def _write_text(path: Path, text: str) -> None:
