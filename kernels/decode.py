@@ -203,11 +203,8 @@ def _step_kernel(
     BV: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Program (b * H + h, n) of S a head: the first ceil((t + 1) / BC) answer for tokens, the others for s."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()  # the dividing programs start, and wait
     i_bh = tl.program_id(0).to(tl.int64)
     i_bch = i_bh // H * C * H + i_bh % H
     n, num_blocks = tl.program_id(1), tl.cdiv(t + 1, BC)
@@ -243,13 +240,10 @@ def _divide_kernel(
     V: tl.constexpr,
     BS: tl.constexpr,
     BV: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    """Program (b * H + h) * R + r adds up the partial sums of one query head and divides them."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # until the step's kernel has ended
+    """Program ((b * H + h) * R + r, n) adds up the partial sums of a query head's block n of V and divides."""
     i_bh, i_r = tl.program_id(0).to(tl.int64) // R, tl.program_id(0) % R
-    o_v = tl.arange(0, BV)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     b_o = tl.zeros([BV], tl.float32)
     b_l = tl.zeros([], tl.float32)
     for i_s in range(0, num_parts, BS):
@@ -328,7 +322,7 @@ class Tile(NamedTuple):
 
 
 STEP, FOLD = Tile(32, 16, 4, 4), Tile(32, 32, 4, 2)
-BS = 64  # partial sums added up at a time
+BS, DIVIDE_BV = 64, 32  # partial sums added up at a time, for so many columns: by one warp, without shared memory
 
 
 def step(
@@ -349,19 +343,33 @@ def step(
     num_parts = triton.cdiv(buffer.num_tokens + 1, STEP.BC) + _num_tiles(K, STEP.BJ) // STEP.BJ
     o, l_ = state.s.new_empty(B, H, num_parts, R, V), state.s.new_empty(B, H, num_parts, R)
     y = v.new_empty(B, H * R, V)
-    BR = 2 ** (R.bit_length() - 1)
-    BT = triton.next_power_of_2(R - BR) if R > BR else 0
-    early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9  # programmatic dependent launch
+    tensors = (
+        q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
+        state.s, state.z, buffer.k, buffer.v, buffer.G, o, l_,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        _step_kernel[B * H, num_parts](
-            q.contiguous(), k.contiguous(), v.contiguous(), None if log_g is None else log_g.contiguous(),
-            state.s, state.z, buffer.k, buffer.v, buffer.G, o, l_, buffer.num_tokens, scale, H, C,
-            K, V, R, BR, BT, STEP.BC, STEP.BJ, _block(K), _block(V), STEP.num_warps, STEP.num_stages, early,
-            num_warps=STEP.num_warps,
-        )  # fmt: skip
-        options = {"launch_pdl": True} if early else {}
-        _divide_kernel[B * H * R,](o, l_, y, num_parts, EPS, R, V, BS, _block(V), early, **options)
+        if _on_hopper(q, K, V, R):
+            from brumby.kernels.hopper import decode as hopper  # Gluon, which other GPUs need not have
+
+            hopper.step_kernel[B * H, num_parts](
+                *tensors, buffer.num_tokens, scale, H, C, K, V, R, num_warps=4, maxnreg=168
+            )
+        else:
+            BR = 2 ** (R.bit_length() - 1)
+            BT = triton.next_power_of_2(R - BR) if R > BR else 0
+            _step_kernel[B * H, num_parts](
+                *tensors, buffer.num_tokens, scale, H, C, K, V, R, BR, BT, STEP.BC, STEP.BJ, _block(K), _block(V),
+                STEP.num_warps, STEP.num_stages, num_warps=STEP.num_warps,
+            )  # fmt: skip
+        grid = B * H * R, triton.cdiv(V, DIVIDE_BV)
+        _divide_kernel[grid](o, l_, y, num_parts, EPS, R, V, BS, DIVIDE_BV, num_warps=1)
     return y
+
+
+def _on_hopper(q: Tensor, K: int, V: int, R: int) -> bool:
+    """Whether the kernel for Hopper takes it; with more query heads its sums would not fit into registers."""
+    fits = q.dtype == torch.bfloat16 and K == V == 128 and R <= 8
+    return fits and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def fold(state: RetentionState, buffer: RetentionBuffer, power: int) -> None:

@@ -48,7 +48,7 @@ class Properties:
 
 def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
     """What Triton does at a launch, up to the launch."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
     bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
     constants = {p.name for p in self.params if p.is_constexpr}
     general = {p.name for p in self.params if p.do_not_specialize}
@@ -129,6 +129,7 @@ def main() -> None:
         state_form.backward(dy, None, q, k, v, log_g, None, 1024, None, y, l_inv)
         state = RetentionState(torch.zeros(1, 2, K * (K + 1) // 2, V), torch.zeros(1, 2, K * (K + 1) // 2))
         buffer = RetentionBuffer.empty(k[:, 0], v[:, 0], 64)
+        decode._on_hopper = lambda *_, fast=fast and K == 128: fast
         decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0)
         buffer.num_tokens = 64
         decode.fold(state, buffer, 2)
