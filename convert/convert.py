@@ -35,6 +35,7 @@ from .errors import ConversionError
 from .families import Shapes, brumby_config, carried_tensors, is_redundant
 from .files import cast, save, share, workspace
 from .gates import check_gate_init, gate_tensors
+from .heads import widen
 from .parity import PARITY_MODES, check_parity
 from .report import print_report
 from .sources import CARRIED_FILES, open_source
@@ -52,6 +53,7 @@ def convert(
     gate_bias: bool = True,
     seed: int = 0,
     p: int = 2,
+    wide_heads: bool = False,
     dtype: str | None = None,
     link: bool = True,
     revision: str | None = None,
@@ -75,6 +77,7 @@ def convert(
             left.
         seed: of random gate weights.
         p: the even power of the similarity.
+        wide_heads: double heads of 64 or less: with softmax the same function but for the queries' rounding.
         dtype: cast the floating point tensors to float32, bfloat16 or float16; by default they keep theirs.
         link: hard-link shards that do not change, where the file system can. The base and the new checkpoint
             then share those files: what writes into one writes into both. `False` copies them.
@@ -96,10 +99,19 @@ def convert(
     to_dtype = check_options(gate_init, gate_bias, dtype, parity, device)
     with workspace(out) as work:
         folder = open_source(source, work, revision=revision, dtype=to_dtype)
+        revision = folder.name if folder.parent.name == "snapshots" else revision
         plan = make_plan(folder, to_dtype, gate_bias=gate_bias, p=p)
+        if wide_heads:
+            narrow, folder = plan, work / "wide"
+            widen(narrow.base, narrow.config, folder)
+            plan = make_plan(folder, to_dtype, gate_bias=gate_bias, p=p)
+            plan.notes.append(
+                f"heads of {narrow.config.head_dim} are widened to {plan.config.head_dim}; tensors and logits are "
+                "compared with the base so widened"
+            )
 
         target = work / "target"
-        # A GGUF was unpacked into the workspace, where nobody else has it: its shards can always be linked.
+        # What was unpacked or widened is in the workspace, where nobody else has it: it can always be linked.
         link = link or folder.is_relative_to(work)
         files = carry_shards(plan, target, link=link, verbose=verbose)
         gates = gate_tensors(plan.config, gate_init, dtype=plan.dtype, seed=seed)
@@ -124,7 +136,7 @@ def convert(
         )
         report: dict[str, Any] = {
             "source": str(source),
-            "revision": folder.name if folder.parent.name == "snapshots" else revision,
+            "revision": revision,
             "family": plan.model_type,
             "dtype": dtype_name(plan.dtype),
             "gates": {"init": gate_init, "bias": gate_bias, "seed": seed},

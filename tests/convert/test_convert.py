@@ -42,6 +42,32 @@ def test_parity(kind, sharded, make_base, tmp_path):
     assert wanted.std() > 0.5  # logits that could differ
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "one-file"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama3", "llama-bias", "smollm2"])
+def test_wide_heads_are_the_same_function(kind, sharded, make_base, tmp_path):
+    base, out = make_base(kind, sharded=sharded), tmp_path / "out"
+    before = load_all(base)
+    report = convert(base, out, wide_heads=True, verbose=False)
+    assert "widened" in report["notes"][0]
+    assert (
+        AutoConfig.from_pretrained(out).head_dim
+        == 2 * before["model.layers.0.self_attn.k_proj.weight"].shape[0] // 3
+    )
+    assert all(torch.equal(load_all(base)[name], tensor) for name, tensor in before.items())
+
+    input_ids = torch.tensor([AutoTokenizer.from_pretrained(out)(CODE)["input_ids"]])
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(base)(input_ids).logits
+        found = AutoModelForCausalLM.from_pretrained(out, use_exp=True)(input_ids).logits
+    assert (found - wanted).abs().max() <= 1e-4
+
+    layer = load_all(out)
+    keys, queries, values = (layer[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "kqv")
+    assert not keys[1::2].any()
+    spread = before["model.layers.1.self_attn.q_proj.weight"].std().item()
+    assert all(new[1::2].std().item() == pytest.approx(spread, rel=0.2) for new in (queries, values))
+
+
 def test_new_folder_holds_the_same_tensors_and_gates(make_base, tmp_path):
     base, out = make_base("qwen3", dtype=torch.bfloat16), tmp_path / "out"
     report = convert(base, out, verbose=False)

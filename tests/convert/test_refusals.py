@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from brumby.convert import ConversionError, convert
+from brumby.convert import ConversionError, convert, heads
 from brumby.model import BrumbyForCausalLM
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,6 +107,7 @@ def test_broken_sources(name, make_base, tmp_path):
         ({"parity": "yes"}, "expected one of auto"),
         ({"device": "quantum"}, "cannot be used"),
         ({"p": 3}, "even power"),
+        ({"wide_heads": True}, "QK norms"),
     ],
     ids=str,
 )
@@ -115,6 +116,14 @@ def test_refused_options(options, message, make_base, tmp_path):
     with pytest.raises(ConversionError, match=message):
         convert(base, tmp_path / "out", verbose=False, **options)
     assert list(tmp_path.iterdir()) == [base]
+
+
+def test_heads_that_cannot_be_widened(make_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "WIDE", 32)
+    for kind, message in (("qwen2-yarn", "rotation 'yarn'"), ("llama3", "head_dim is 32")):
+        with pytest.raises(ConversionError, match=message):
+            convert(make_base(kind), tmp_path / "out", wide_heads=True, verbose=False)
+        assert not (tmp_path / "out").exists()
 
 
 def test_existing_target_is_left_alone(make_base, tmp_path):
