@@ -109,7 +109,8 @@ class Run:
         self.teacher.requires_grad_(False)
         self.student = self.load(base, use_exp=False)
         self.start = self.copy_of_student()
-        self.calibrated: tuple[tuple[Calibration, int], dict[str, Tensor], float] | None = None
+        self.corrected: tuple[Any, ...] = ()  # by what the teacher was trained
+        self.calibrated: tuple[Any, dict[str, Tensor], float] | None = None
         # What the last first stage gave, with its seconds and loss: many recipes begin alike.
         self.first: tuple[Any, dict[str, Tensor], float, float] | None = None
         self.metrics: list[tuple[Tensor, Tensor]] = []
@@ -203,12 +204,17 @@ class Run:
         """Run a recipe from the converted base; `record` takes a row at every measurement."""
         student = self.student
         student.load_state_dict(self.start)
+        self.have_for_teacher(self.start, ())
         for layer in student.model.layers:
             layer.self_attn.__class__ = BrumbyAttention
         student.config.p = recipe.power
-        student.config.use_exp = bool(recipe.stages) and all(stage.softmax for stage in recipe.stages)
+        student.config.use_exp = bool(recipe.stages) and recipe.stages[0].softmax
         rows, seen, seconds, compiling = self.batches(seed), 0, 0.0, 0.0
-        if not student.config.use_exp:
+
+        def prepare() -> None:
+            """From the softmax base, as it is by now, to a student with power retention."""
+            nonlocal seconds, compiling
+            student.config.use_exp = False
             ids = self.train_ids[-recipe.calibration.sequences :, :-1].long()
             with torch.no_grad():
                 compiling += self.timed(
@@ -217,6 +223,9 @@ class Run:
                     position_embeddings=self.rotation(student, self.T),
                 )
             seconds += self.calibrate(ids, recipe.calibration)
+
+        if not student.config.use_exp:
+            prepare()
 
         def measure(loss: float | None, final: bool) -> None:
             losses = self.evaluate(student)
@@ -229,8 +238,11 @@ class Run:
             })  # fmt: skip
 
         measure(None, final=not recipe.stages)
-        for stage in recipe.stages:
+        for n, stage in enumerate(recipe.stages):
             final = stage is recipe.stages[-1]
+            if student.config.use_exp and not stage.softmax:
+                self.have_for_teacher(self.copy_of_student(), (seed, recipe.stages[:n]))
+                prepare()
             key = seed, recipe.calibration, recipe.power, stage
             if self.first and self.first[0] == key and not seen and not recipe.evaluate_at:
                 _, state, first_seconds, loss = self.first
@@ -244,14 +256,17 @@ class Run:
             if stage.metric:
                 seconds += self.measure_metrics()
             before, steps = (seen, seconds), Steps(self, stage)
-            compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences].long())
+            length = self.T // stage.pieces
+            compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences, : length + 1].long())
             for i in range(steps.num_steps):
                 started = time.perf_counter()
-                ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
-                found = steps.step(i, ids)
-                seen += stage.sequences * self.T
+                first = i % stage.pieces * length
+                if not first:
+                    ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
+                found = steps.step(i, ids[:, first : first + length + 1])
+                seen += stage.sequences * length
                 last = i + 1 == steps.num_steps
-                if last or any(seen - stage.sequences * self.T < at <= seen for at in recipe.evaluate_at):
+                if last or any(seen - stage.sequences * length < at <= seen for at in recipe.evaluate_at):
                     loss = round(found.item(), 4)
                     seconds += time.perf_counter() - started
                     if not math.isfinite(loss):
@@ -261,6 +276,13 @@ class Run:
                     seconds += time.perf_counter() - started
             if not before[0] and not final:
                 self.first = key, self.copy_of_student(), seconds - before[1], loss
+
+    def have_for_teacher(self, weights: dict[str, Tensor], corrected: tuple[Any, ...]) -> None:
+        """Take weights that `corrected` describes, () for the base's, for the teacher's."""
+        if corrected != self.corrected:
+            self.teacher.load_state_dict(weights)
+            self.corrected = corrected
+            self.metrics.clear()
 
     def measure_metrics(self) -> float:
         """The teacher's metrics, measured once; their seconds."""
@@ -274,7 +296,7 @@ class Run:
 
     def calibrate(self, ids: Tensor, options: Calibration) -> float:
         """Calibrate the student, or take what the last calibration gave if it was the same; its seconds."""
-        key = options, self.student.config.p
+        key = options, self.student.config.p, self.corrected
         if self.calibrated is None or self.calibrated[0] != key:
             seconds = self.timed(calibrate, self.student, self.teacher, ids, options)
             self.calibrated = key, self.copy_of_student(), seconds
@@ -321,10 +343,11 @@ class Results:
         unfinished.rename(self.path)
 
 
-CURVES = {  # recipes whose last rows make a line, by what they are
-    "the published way": ("seed-5m", "seed-15m", "seed-40m"),
-    "this project": ("muon-klmuon1-ce-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m"),
-    "the softmax base, trained on": ("softmax-5m", "softmax-40m"),
+CURVES = {  # models and recipes whose last rows make a line, by what they are
+    "the published way": (MODEL, ("seed-5m", "seed-15m", "seed-40m")),
+    "this project": (MODEL, ("pieces4-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m")),
+    "the same, heads of 128": ("SmolLM2-135M-wide-heads", ("distance-muon-klmuon1-ce-5m", "pieces2-15m")),
+    "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-40m")),
 }
 
 
@@ -337,8 +360,8 @@ def plot(folder: Path, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for color, (label, recipes) in enumerate(CURVES.items()):
-        mine = [row for row in rows if row["recipe"] in recipes and row["model"] == MODEL and row["tokens"]]
+    for color, (label, (model, recipes)) in enumerate(CURVES.items()):
+        mine = [row for row in rows if row["recipe"] in recipes and row["model"] == model and row["tokens"]]
         for recipe in recipes:
             points = sorted((row["tokens"] / 1e6, row["excess_nats"]) for row in mine if row["recipe"] == recipe)
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker=".", linestyle=":", linewidth=1)

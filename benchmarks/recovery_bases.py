@@ -1,7 +1,7 @@
 """Bases that small public models lack, made of SmolLM2, as checkpoints for benchmarks/recovery.py's `--base`.
 
     python -m benchmarks.recovery_bases qk-norm --base FOLDER --train train.npy --held-out held-out.npz --out OUT
-    python -m benchmarks.recovery_bases kv-heads --base FOLDER --out OUT
+    python -m benchmarks.recovery_bases {kv-heads,offsets} --base FOLDER --out OUT
 
 `FOLDER`, `train.npy` and `held-out.npz` are those of `benchmarks/recovery.py`.
 
@@ -11,6 +11,7 @@
   after.
 - `kv-heads`: each query head has keys, values and a gate of its own, copies of those that it shared. With softmax
   the same function; as a student its state is as many times larger.
+- `offsets`: biases of zero on queries, keys and values.
 """
 
 from __future__ import annotations
@@ -64,6 +65,20 @@ def with_own_heads(model: Model) -> Model:
     return cast(Model, made)
 
 
+@torch.no_grad()
+def with_offsets(model: Model) -> Model:
+    """The model with biases on q, k and v, all zero."""
+    made: nn.Module = BrumbyForCausalLM(BrumbyConfig(**model.config.to_dict() | {"qkv_bias": True}))
+    made.load_state_dict(model.state_dict(), strict=False)
+    for name, p in made.named_parameters():
+        if name.endswith("_proj.bias"):
+            p.zero_()
+    return cast(Model, made)
+
+
+WITHOUT_TRAINING = {"kv-heads": with_own_heads, "offsets": with_offsets}
+
+
 def learn_norms(run: Run, num_tokens: int) -> Model:
     """The teacher with QK norms, trained on `num_tokens`."""
     run.student = with_norms(run, run.train_ids[-8:, :-1].long())
@@ -84,7 +99,7 @@ def learn_norms(run: Run, num_tokens: int) -> Model:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["qk-norm", "kv-heads"])
+    parser.add_argument("kind", choices=["qk-norm", *WITHOUT_TRAINING])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--held-out", type=Path)
@@ -94,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
-    if args.kind == "kv-heads":
+    if args.kind in WITHOUT_TRAINING:
         loaded: nn.Module = BrumbyForCausalLM.from_pretrained(args.base, dtype=torch.float32)
-        model = with_own_heads(cast(Model, loaded))
+        model = WITHOUT_TRAINING[args.kind](cast(Model, loaded))
     elif args.train is None or args.held_out is None:
         parser.error("qk-norm needs --train and --held-out")
     else:

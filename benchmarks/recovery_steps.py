@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,12 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.95)
     optimizer: str = "adamw"  # or muon: the layers' matrices by Muon, at `lr`, the rest by AdamW, at `adam_lr`
     adam_lr: float = 1e-3
+    by_head: bool = False  # Muon takes the part of each head in q, k, v and o for a matrix of its own
+    row_beta: float = 0.0  # Muon's rows are divided by the root of their mean square; 0: they are not
+    pieces: int = 1  # in how many steps the tokens of a sequence are taken, each without the ones before
     fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
     fade_by_layer: bool = False  # one layer after the other instead of all at once
-    softmax: bool = False  # train the softmax base: the control
+    softmax: bool = False  # train the softmax base: the control, or, if others follow, their student and teacher
 
 
 class FadingAttention(BrumbyAttention):
@@ -200,7 +203,7 @@ class Steps:
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
-        self.num_steps = max(1, stage.tokens // (stage.sequences * run.T))
+        self.num_steps = max(1, stage.tokens // (stage.sequences * run.T)) * stage.pieces
         self.metrics: list[Tensor | None] = [None] * len(run.student.model.layers)
         if stage.metric:
             self.metrics = [(v * (1 + stage.metric * values).sqrt()) @ v.T for values, v in run.metrics]
@@ -240,9 +243,19 @@ class Steps:
         fused = self.run.device.type == "cuda"
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=fused)]
         if muon:
-            matrices = {"params": muon, "lr": stage.lr, "peak_lr": stage.lr}
-            found.append(Muon([matrices], weight_decay=stage.weight_decay))
+            found.append(Muon(self.matrices(muon), weight_decay=stage.weight_decay, row_beta=stage.row_beta))
         return found
+
+    def matrices(self, parameters: list[Tensor]) -> list[dict[str, Any]]:
+        """Muon's groups."""
+        stage, model = self.stage, self.run.student
+        names = {id(p): name for name, p in model.named_parameters()}
+        found: dict[tuple[int, int] | None, list[Tensor]] = {}
+        for p in parameters:
+            mixer = stage.by_head and ".self_attn." in names[id(p)]
+            heads = (int(".o_proj." in names[id(p)]), model.config.head_dim) if mixer else None
+            found.setdefault(heads, []).append(p)
+        return [{"params": p, "heads": heads, "lr": stage.lr, "peak_lr": stage.lr} for heads, p in found.items()]
 
     def step(self, i: int, ids: Tensor) -> Tensor:
         """Train on ids [B, T + 1]; the loss."""

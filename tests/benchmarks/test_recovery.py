@@ -125,6 +125,10 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
         " {kl: 1.0, sequences: 4, tokens: 256}]}\n"
         "  metric: {stages: [{align: true, metric: 10.0, sequences: 4, tokens: 2560, lr: 0.01},"
         " {align: true, own: true, metric: 10.0, sequences: 4, tokens: 2560, lr: 0.01}]}\n"
+        "  by-head: {stages: [{align: true, optimizer: muon, by_head: true, row_beta: 0.95, pieces: 2,"
+        " sequences: 2, tokens: 2560, lr: 0.01}]}\n"
+        "  correct: {stages: [{kl: 0.0, ce: 1.0, softmax: true, sequences: 4, tokens: 256, lr: 1.0e-2},"
+        " {align: true, sequences: 4, tokens: 2560, lr: 0.01}]}\n"
         "  softmax: {stages: [{kl: 0.0, ce: 1.0, softmax: true, sequences: 4, tokens: 256, lr: 1.0e-4}]}\n"
     )
     with (tmp_path / "tasks.npz").open("wb") as file:
@@ -148,7 +152,14 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
         [row[name] for name in same] for row in rows if row["tokens"] != 128
     ]
     last = [(row["recipe"], row["tokens"]) for row in found["rows"] if row["final"] and row["seed"] == 1]
-    assert last == [("align-kl", 2816), ("align-kl-again", 2816), ("metric", 5120), ("softmax", 256)]
+    assert last == [
+        ("align-kl", 2816),
+        ("align-kl-again", 2816),
+        ("metric", 5120),
+        ("by-head", 2560),
+        ("correct", 2816),
+        ("softmax", 256),
+    ]
     fields = {"recipe", "model", "seed", "tokens", "excess_nats", "excess_by_source", "base_loss", "gpu_seconds"}
     assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"] if row["recipe"] != "base")
     assert all(("accuracy" in row) == row["final"] for row in found["rows"])
@@ -207,14 +218,21 @@ def test_metrics_are_the_fisher_information(tmp_path: Path) -> None:
     assert values.mean().item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_heads_of_their_own_are_the_same_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("kv-heads", {"num_key_value_heads": 4}),
+        ("offsets", {"qkv_bias": True}),
+    ],
+)
+def test_made_bases_are_the_same_function(kind: str, change: dict, tmp_path: Path) -> None:
     _, teacher = pair(qk_norm=False)
     teacher.save_pretrained(tmp_path / "base")
-    recovery_bases.main(["kv-heads", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "own")])
-    own = BrumbyForCausalLM.from_pretrained(tmp_path / "own")
+    recovery_bases.main([kind, "--base", str(tmp_path / "base"), "--out", str(tmp_path / "made")])
+    made = BrumbyForCausalLM.from_pretrained(tmp_path / "made")
     ids = torch.randint(97, (2, 16))
-    assert own.config.num_key_value_heads == 4
-    torch.testing.assert_close(own(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+    assert made.config.to_dict().items() >= change.items()
+    torch.testing.assert_close(made(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
