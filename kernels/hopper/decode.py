@@ -12,9 +12,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-BJ = gl.constexpr(16)  # rows of a tile; as many tiles a program
+from brumby.kernels.decode import STEP
+
+BJ = gl.constexpr(STEP.BJ)  # rows of a tile; as many tiles a program
+BC = gl.constexpr(STEP.BC)  # buffered tokens a program
 AHEAD = gl.constexpr(4)  # tiles under way
-BC = gl.constexpr(32)  # buffered tokens a program
 
 
 @gluon.jit

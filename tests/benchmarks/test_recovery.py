@@ -12,7 +12,7 @@ from torch import Tensor
 from brumby.benchmarks import alignment, recovery, recovery_bases
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
-from brumby.benchmarks.muon import Muon
+from brumby.benchmarks.muon import Muon, by_head, orthogonal
 from brumby.benchmarks.recovery_steps import Stage, Steps, loss_metrics, teach
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
@@ -111,6 +111,16 @@ def test_muon_is_torchs_for_many_matrices() -> None:
             optimizer.step()
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (a - b).norm() < 0.02 * (a - before).norm()  # Newton and Schulz in bfloat16
+
+
+def test_heads_are_matrices_of_their_own() -> None:
+    x = torch.randn(2, 6, 12)
+    rows = by_head(x, (0, 3), orthogonal)
+    columns = by_head(x.mT, (1, 3), orthogonal)
+    for i in (0, 3):
+        torch.testing.assert_close(rows[:, i : i + 3], orthogonal(x[:, i : i + 3]))
+    assert torch.equal(columns, rows.mT)
+    assert not torch.allclose(rows, orthogonal(x), atol=0.1)
 
 
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
