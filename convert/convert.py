@@ -65,8 +65,8 @@ def convert(
     """Turn an attention checkpoint into a Brumby checkpoint in a new folder.
 
     `out` appears whole, with its report, or not at all. Host memory stays below one shard and 1 GB, but for
-    the logits of the parity check, which loads each model in float32 if that fits, and for a GGUF, which is
-    loaded whole.
+    the logits of the parity check, which loads each model in float32 if that fits, for a GGUF, which is
+    loaded whole, and for wide heads, where it holds a shard as it is and as it becomes.
 
     Args:
         source: a folder of safetensors with config.json and tokenizer, a hub id, a GGUF file or its folder.

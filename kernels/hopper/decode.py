@@ -27,7 +27,7 @@ def _row(i, K: gl.constexpr):
 
 @gluon.jit
 def _load(p, i, o_j, o_row, K: gl.constexpr, V: gl.constexpr, DIAGONAL: gl.constexpr):
-    """Rows (i, o_j) of the state, those with j >= i [4, 4, 128]."""
+    """Rows (i, o_j) of the state [4, 4, V]; zero where j < i."""
     p = p + _row(i, K) * V + o_row
     if DIAGONAL:
         return gl.load(p, (o_j >= i)[:, :, None], 0)
@@ -36,7 +36,7 @@ def _load(p, i, o_j, o_row, K: gl.constexpr, V: gl.constexpr, DIAGONAL: gl.const
 
 @gluon.jit
 def _multiply(acc, b_qj, b_s, p_q, i, o_j, K: gl.constexpr, R: gl.constexpr, DIAGONAL: gl.constexpr):
-    """acc and of each query head q_i sum_j q_j s_j, in registers but for the lanes' sums."""
+    """acc, of each query head [4, V], with q_i sum_j q_j s_j added: each lane the sum over its own j."""
     if DIAGONAL:
         b_s *= gl.where(o_j == i, 0.7071067811865476, 1.0)[:, :, None]
     found = ()
@@ -48,7 +48,7 @@ def _multiply(acc, b_qj, b_s, p_q, i, o_j, K: gl.constexpr, R: gl.constexpr, DIA
 
 @gluon.jit
 def _denominator(p_q, p_z, p_l, c, i_first, i_j, K: gl.constexpr, R: gl.constexpr):
-    """The same of z: a warp takes two query heads."""
+    """c times what BJ tiles of z answer: a warp takes two query heads."""
     L: gl.constexpr = gl.BlockedLayout([2, 2, 4], [1, 8, 4], [4, 1, 1], [2, 1, 0])
     HEADS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
     o_r = gl.arange(0, 8, HEADS)

@@ -2,11 +2,13 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from brumby.benchmarks import alignment, recovery, recovery_bases
@@ -121,6 +123,60 @@ def test_heads_are_matrices_of_their_own() -> None:
         torch.testing.assert_close(rows[:, i : i + 3], orthogonal(x[:, i : i + 3]))
     assert torch.equal(columns, rows.mT)
     assert not torch.allclose(rows, orthogonal(x), atol=0.1)
+
+
+def test_rows_of_one_size_move_alike() -> None:
+    torch.manual_seed(0)
+    changes = []
+    for row_beta in (0.0, 0.95):
+        p = torch.zeros(24, 8).requires_grad_()
+        p.grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+        Muon([{"params": [p], "lr": 1.0}], row_beta=row_beta).step()
+        changes.append(p.detach())
+    plain, alike = changes
+    assert alike.norm().item() == pytest.approx(plain.norm().item(), rel=1e-3)
+    torch.testing.assert_close(alike.norm(dim=1), alike.norm(dim=1).mean().expand(24), rtol=1e-3, atol=0)
+    assert plain.norm(dim=1).max() > 1.2 * plain.norm(dim=1).min()
+    torch.testing.assert_close(F.normalize(alike, dim=1), F.normalize(plain, dim=1), rtol=1e-2, atol=1e-2)
+
+
+def small_run(model: Path, folder: Path) -> recovery.Run:
+    rng = np.random.default_rng(0)
+    np.save(folder / "train.npy", rng.integers(257, size=33 * 16).astype(np.uint16))
+    np.savez(folder / "held.npz", one=rng.integers(257, size=33 * 4))
+    return recovery.Run(model, folder / "train.npy", folder / "held.npz", "cpu", False, 2**20, 32)
+
+
+def test_a_softmax_stage_makes_the_teacher_of_the_next(tiny_model: Path, tmp_path: Path) -> None:
+    run = small_run(tiny_model, tmp_path)
+    rows: list[dict] = []
+    softmax = Stage(tokens=256, kl=0.0, ce=1.0, softmax=True, sequences=4, lr=1e-2)
+    align = Stage(tokens=256, align=True, sequences=4)
+    run.recover(recovery.Recipe("control", [softmax], Calibration()), 0, rows.append)
+    trained = run.copy_of_student()
+    assert all(torch.equal(run.teacher.state_dict()[name], p) for name, p in run.start.items())
+    run.recover(recovery.Recipe("corrected", [softmax, align], Calibration()), 0, rows.append)
+    assert any(not torch.equal(trained[name], p) for name, p in run.start.items())
+    assert all(torch.equal(run.teacher.state_dict()[name], p) for name, p in trained.items())
+    zero, corrected, control = rows[2], rows[3], rows[1]
+    assert zero["excess_nats"] == 0
+    assert corrected["excess_nats"] == control["excess_nats"]
+    run.recover(recovery.Recipe("plain", [align], Calibration()), 0, rows.append)
+    assert all(torch.equal(run.teacher.state_dict()[name], p) for name, p in run.start.items())
+
+
+def test_pieces_are_all_of_a_sequence(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    run, seen = small_run(tiny_model, tmp_path), []
+    step = Steps.step
+    monkeypatch.setattr(Steps, "step", lambda self, i, ids: (seen.append(ids.clone()), step(self, i, ids))[1])
+    stage = Stage(tokens=128, align=True, sequences=2, pieces=4)
+    run.recover(recovery.Recipe("pieces", [stage], Calibration()), 0, lambda row: None)
+    assert [tuple(ids.shape) for ids in seen] == [(2, 9)] * 8
+    rows = run.batches(0)
+    for i in (0, 4):
+        whole = torch.cat([seen[i][:, :1], *(ids[:, 1:] for ids in seen[i : i + 4])], 1)
+        assert torch.equal(whole, torch.stack([next(rows), next(rows)]))
+        assert all(torch.equal(a[:, -1], b[:, 0]) for a, b in pairwise(seen[i : i + 4]))
 
 
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_what_a_run_leaves_behind(make_run):
     assert summary["phases"] == ["one", "two", "three"]
     assert (summary["steps"], summary["tokens_seen"]) == (12, 3072)
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    folders = [path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir()]
+    assert sorted(folders) == ["step-000010", "step-000012"]  # the others are deleted, not set aside
     assert [folder.name for folder in completed(run_dir)] == ["step-000010", "step-000012"]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-000012\n"
     described = json.loads((run_dir / "checkpoints" / "step-000012" / "manifest.json").read_text())
