@@ -4,9 +4,9 @@
 
 trains through three checkpoints and writes `checkpoints.json`. An undisturbed step takes `step_seconds` (median,
 from one step's end to the next one's). What the steps from a checkpoint's beginning until it has its name take
-beyond that is lost: `lost_seconds`, one value a checkpoint; the first also makes the host's buffers.
-`waited_seconds` is the part of it in which nothing is computed. `share_at_100` is the mean loss but the first's,
-over the time of a hundred steps.
+beyond that is lost: `lost_seconds`, one value a checkpoint, below zero where steps happened to be faster.
+`waited_seconds` is the part of it in which nothing is computed. `share_at_100` is the mean loss over the time of a
+hundred steps.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def measure(folder: Path, shape: str, every: int) -> dict:
         "waited_seconds": waited,
         "lost_seconds": lost,
         "seconds_until_named": named,
-        "share_at_100": statistics.mean(lost[1:]) / (100 * usual),
+        "share_at_100": statistics.mean(lost) / (100 * usual),
     }
 
 

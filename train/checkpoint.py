@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -68,7 +69,8 @@ class Checkpoints:
         self.folder = config.run_dir / "checkpoints"
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.pieces = partition.pieces(engine)
-        self.host: dict[str, Tensor] = {}
+        # Pages for gigabytes take the host seconds: while the first step is compiled nobody waits for them.
+        self.host = ThreadPoolExecutor(1).submit(self._make_host)
         self.state: dict | None = None  # of the checkpoint being written
         self.writer: threading.Thread | None = None
         self.remover: threading.Thread | None = None  # of old ones: gigabytes take a file system a second
@@ -195,18 +197,23 @@ class Checkpoints:
         dist.broadcast_object_list(found, device=self.device)
         return found[0]
 
-    def _copy_to_host(self) -> None:
-        tensors = {
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
             f"{kind}:{piece.name}:{piece.start}": tensor
             for piece in self.pieces
             for kind, tensor in piece.tensors.items()
         }
-        for key, tensor in tensors.items():
-            if key not in self.host:
-                self.host[key] = torch.empty(tensor.shape, pin_memory=self.device.type == "cuda")
-            self.host[key].copy_(tensor, non_blocking=True)
+
+    def _make_host(self) -> dict[str, Tensor]:
+        pin = self.device.type == "cuda"
+        return {key: torch.empty(tensor.shape, pin_memory=pin) for key, tensor in self._tensors().items()}
+
+    def _copy_to_host(self) -> None:
+        host = self.host.result()
+        for key, tensor in self._tensors().items():
+            host[key].copy_(tensor, non_blocking=True)
         for name, (get_state, _) in self._generators().items():
-            self.host[f"{name}::0"] = get_state().cpu().contiguous()
+            host[f"{name}::0"] = get_state().cpu().contiguous()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -219,7 +226,7 @@ class Checkpoints:
 
     def _write(self, path: Path) -> None:
         try:
-            self.written = write(path, self.host)
+            self.written = write(path, self.host.result())
         except Exception as error:  # a thread's own would be lost
             self.error = f"rank {self.rank}: {error}"
 
