@@ -75,7 +75,7 @@ def mix(mixer: Any, h: Tensor, rotation: tuple[Tensor, Tensor], variant: Variant
     B, T, _ = h.shape
     K = mixer.head_dim
     q, k, v = (p(h).view(B, T, -1, K) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    if mixer.config.qk_norm:
+    if mixer.config.normalises_qk:
         q, k = mixer.q_norm(q), mixer.k_norm(k)
     q, k = apply_rotary_pos_emb(q, k, *rotation, unsqueeze_dim=2)
     R = q.shape[2] // k.shape[2]

@@ -137,12 +137,12 @@ class Attention:
     def queries(self, module, h: Tensor) -> Tensor:
         """As the mixer sees them, [N, T, HQ, K]."""
         q = module.q_proj(h).unflatten(-1, (-1, self.K))
-        return self.rotate(module.q_norm(q) if module.config.qk_norm else q)
+        return self.rotate(module.q_norm(q) if module.config.normalises_qk else q)
 
     def keys(self, module, h: Tensor) -> Tensor:
         """As the mixer sees them, [N, T, H, K]."""
         k = module.k_proj(h).unflatten(-1, (-1, self.K))
-        return self.rotate(module.k_norm(k) if module.config.qk_norm else k)
+        return self.rotate(module.k_norm(k) if module.config.normalises_qk else k)
 
     def root(self, n: int, head: int) -> Tensor:
         """sqrt(a) [R, T, T] of sequence n: the teacher's probabilities for the queries of a key-value head."""

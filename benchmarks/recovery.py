@@ -347,6 +347,7 @@ CURVES = {  # models and recipes whose last rows make a line, by what they are
     "the published way": (MODEL, ("seed-5m", "seed-15m", "seed-40m")),
     "this project": (MODEL, ("pieces4-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m")),
     "the same, heads of 128": ("SmolLM2-135M-wide-heads", ("distance-muon-klmuon1-ce-5m", "pieces2-15m")),
+    "the same, QK norms for retention": ("SmolLM2-135M-new-QK-norm", ("distance-muon-klmuon1-ce-5m",)),
     "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-40m")),
 }
 
@@ -361,7 +362,8 @@ def plot(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for color, (label, (model, recipes)) in enumerate(CURVES.items()):
-        mine = [row for row in rows if row["recipe"] in recipes and row["model"] == model and row["tokens"]]
+        ours = [row for row in rows if row["model"] == model and row["recipe"] in recipes and row["seed"] == 0]
+        mine = [row for row in ours if row["tokens"]]
         for recipe in recipes:
             points = sorted((row["tokens"] / 1e6, row["excess_nats"]) for row in mine if row["recipe"] == recipe)
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker=".", linestyle=":", linewidth=1)

