@@ -1,5 +1,6 @@
 """Alignment, then retraining with a divergence from the base: against plain PyTorch, and resumed anywhere."""
 
+import json
 import shutil
 from copy import deepcopy
 from itertools import pairwise
@@ -91,7 +92,8 @@ def plain_run(config: RunConfig) -> list[dict]:
     """Objective and losses by step of the two stages in plain PyTorch, in micro-batches of one process."""
     dtype, data = DTYPES[config.precision], Batches(config.data)
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    base = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=True)
+    without = {"qk_norm": False} if model.config.qk_norm == "retention" else {}
+    base = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=True, **without)
     copy, found = deepcopy(model).to(dtype), []
     for first, last, rates in ((0, 5, {"mixer": 2e-3}), (5, 12, {"mixer": 5e-3, "gate": 3e-3, "rest": 3e-3})):
         groups = []
@@ -139,8 +141,13 @@ def compare(run_dir, tolerance: dict) -> None:
                 assert row[name] == pytest.approx(plain[name], **tolerance), (i, name)
 
 
-def test_one_rank_trains_both_stages_as_plain_pytorch_does(make_run):
-    run_dir = make_run(stages=STAGES, zero_stage=0, measure_every=1)
+@pytest.mark.parametrize("qk_norm", [True, "retention"])
+def test_one_rank_trains_both_stages_as_plain_pytorch_does(qk_norm, make_run, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"qk_norm": qk_norm}))
+    run_dir = make_run(stages=STAGES, zero_stage=0, measure_every=1, model=str(model))
     train(run_dir)
     compare(run_dir, {"abs": 2e-5})
     objectives = [row["objective"] for row in read_metrics(run_dir / "metrics.jsonl")]
