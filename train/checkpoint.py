@@ -205,7 +205,8 @@ class Checkpoints:
         }
 
     def _make_host(self) -> dict[str, Tensor]:
-        pin = self.device.type == "cuda"
+        if pin := self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # this thread's
         return {key: torch.empty(tensor.shape, pin_memory=pin) for key, tensor in self._tensors().items()}
 
     def _copy_to_host(self) -> None:
