@@ -154,6 +154,8 @@ def softmax_attention(
 class BrumbyAttention(nn.Module):
     """Power retention with Qwen3's projections, norms and rotation, and a gate per key-value head."""
 
+    rotate = staticmethod(apply_rotary_pos_emb)
+
     def __init__(self, config: BrumbyConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -189,7 +191,7 @@ class BrumbyAttention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # [B, T, H, K]
         if self.config.normalises_qk:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         if self.config.use_exp:
             if cache is not None:
                 k, v = (

@@ -59,7 +59,7 @@ def _watch(attention: Any, found: list[Tensor]) -> list:
     seen: list[Tensor] = []  # q, k before their rotation
 
     def keep(_module, _inputs, output) -> None:
-        seen.append(output)
+        seen.append(output.clone())  # a rotation may be in place
 
     def measure(_module, _inputs, rest, _output) -> None:
         q, k = (x.unflatten(-1, (-1, attention.head_dim)) if x.ndim == 3 else x for x in seen)

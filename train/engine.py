@@ -1,16 +1,20 @@
 """From a converted checkpoint to a DeepSpeed engine, and the teacher beside it."""
 
 import os
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from brumby.data import schedule
 from brumby.model import BrumbyForCausalLM
+from brumby.model.modeling_brumby import BrumbyAttention
 from brumby.train import muon
 from brumby.train.config import OptimizerConfig, RunConfig
 from brumby.train.guard import Guard
@@ -100,7 +104,42 @@ def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=use_exp)
     del partitioned  # transformers consults it, through a weak reference, while it loads
+    if config.zero_stage == 3:  # gathers an MLP's matrices together; mixers, whose alignment has no gradient
+        set_z3_leaf_modules(model, [Qwen3MLP])  # with respect to what they read, it then releases too early
+    if torch.cuda.is_available():
+        use_liger(model)
     return model
+
+
+def use_liger(model: BrumbyForCausalLM) -> None:
+    """Take Liger's kernels for norms, SwiGLU and rotation, which PyTorch makes of many passes over memory."""
+    for module in model.modules():
+        if isinstance(module, Qwen3RMSNorm):
+            module.forward = partial(_norm, module)  # type: ignore[method-assign]
+        elif isinstance(module, Qwen3MLP) and model.config.hidden_act == "silu":
+            module.forward = partial(_mlp, module)  # type: ignore[method-assign]
+        elif isinstance(module, BrumbyAttention):
+            module.rotate = _rotate
+
+
+def _norm(norm: Qwen3RMSNorm, x: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return liger_rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _mlp(mlp: Qwen3MLP, x: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    return mlp.down_proj(liger_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    """Of q [B, T, HQ, K] and k [B, T, H, K]; the kernel is written for [B, heads, T, K]."""
+    from liger_kernel.transformers.functional import liger_rope
+
+    q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.DeepSpeedEngine, Guard]:

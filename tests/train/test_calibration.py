@@ -59,6 +59,12 @@ def test_it_is_the_attention_that_the_base_computes(monkeypatch, qk_norm):
             seen.append((q[0], k[0]))
         return softmax_attention(q, k, *rest)
 
+    def rotate(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """In place, as Liger does it."""
+        return tuple(x.copy_(y) for x, y in zip((q, k), rotated(q, k, *rest, **options), strict=True))
+
+    rotated = modeling_brumby.BrumbyAttention.rotate
+    monkeypatch.setattr(modeling_brumby.BrumbyAttention, "rotate", staticmethod(rotate))
     monkeypatch.setattr(modeling_brumby, "softmax_attention", note)
     bounds, ids = [0, 5, 10, 20], torch.randint(97, (2, 10))
     positions = torch.cat([torch.arange(j - i) for i, j in pairwise(bounds)]).view(2, 10)
