@@ -1,6 +1,6 @@
 """Training on the GPUs of one host: speed, memory and communication by ZeRO stage, and what a failure costs.
 
-    python -m benchmarks.multigpu [--cases zero2 restart] [--layers 4] [--max-layers 12] [--out FOLDER]
+    python -m benchmarks.multigpu [--cases zero2 killed] [--layers 4] [--max-layers 12] [--out FOLDER]
 
 A Qwen3-14B of few layers and random weights is converted and trained on sequences of 8192 random tokens, one in
 a micro-batch, with activation checkpointing. Each case is a run with ranks of its own. After each,
@@ -9,15 +9,15 @@ a micro-batch, with activation checkpointing. Each case is a run with ranks of i
 `one`: on one GPU; `zero1`, `zero2`, `zero3`: the same layers on all GPUs, and as many sequences for each;
 `zero3-max`: as many layers as fit; `zero1-kl`, `zero3-kl`: alignment, then the divergence from the base. A row
 has the speed of a few steps (`mfu` counts nothing that is recomputed), the largest of the GPUs' peaks of memory,
-and the shares of a step in which rank 0's GPU runs kernels of NCCL, waiting for the others included: `exposed`,
-nothing beside them, and `overlapped`. `scaling` is the speed of a GPU over that of `one`.
+and the shares of a step in which rank 0's GPU runs kernels of NCCL, waiting for the others included, with nothing
+beside them (`exposed`) or with other work (`overlapped`), and in which it runs nothing (`idle`). `scaling` is the
+speed of a GPU over that of `one` on the same day.
 
 `bandwidth` is the bus's, in an all-reduce of a gigabyte.
 
-`restart`: a run of one layer and a small vocabulary under ZeRO-3, three times with `brumby launch`: undisturbed;
-with a rank killed, where `seconds_lost` pass from the kill until the run has come as far again; and interrupted
-and resumed, on all GPUs, on one, and on all. The objectives of all steps are compared with the undisturbed
-run's.
+`killed` and `moved`: a run of one layer and a small vocabulary under ZeRO-3 with `brumby launch`, whose objectives
+are compared with those of the same run undisturbed. A rank of it is killed, and `seconds_lost` pass until the run
+has come as far again; or it is interrupted and resumed, on all GPUs, on one, and on all.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SEQUENCE_LENGTHS = {"qwen3-14b": 8192, "tiny": 64}
-CASE_SECONDS = 300.0  # after which a rank that has not finished its case, or a step of `restart`, ends itself
+CASE_SECONDS = 300.0  # after which a rank that has not finished its case, or a step of a launched run, ends itself
 RESTART_VOCABULARY = 256  # so that a checkpoint is small, and the loss falls
 RESTART_STEPS, CHECKPOINT_EVERY = 32, 8
 
@@ -193,47 +194,51 @@ class Bench:
         torchrun(self.gpus, "brumby.launch.bandwidth", self.folder)
         return [{"case": "bandwidth"} | json.loads((self.folder / "bandwidth.json").read_text())]
 
-    def restart(self) -> list[dict]:
-        """The rows of a killed run and of one that goes on with other numbers of GPUs."""
+    def launched_run(self, name: str) -> Path:
         sequences = self.gpus * self.accumulation
         model = self.model(1, RESTART_VOCABULARY)
         data = self.data(RESTART_VOCABULARY, RESTART_STEPS, sequences)
-        options = {"zero_stage": 3, "checkpoint_every": CHECKPOINT_EVERY, "keep_checkpoints": 1}
-        names = ("undisturbed", "killed", "moved")
-        undisturbed, killed, moved = (self.run(name, model, data, **options) for name in names)
-        with launched(undisturbed, self.gpus):
-            pass
+        return self.run(name, model, data, zero_stage=3, checkpoint_every=CHECKPOINT_EVERY, keep_checkpoints=1)
 
-        with launched(killed, self.gpus) as until:
-            until(lambda: last_step(killed) > newest_checkpoint(killed) > 0)
-            os.kill(status.read(killed)[-1]["pid"], signal.SIGKILL)
-            start, reached, saved = time.monotonic(), last_step(killed), newest_checkpoint(killed)
-            until(lambda: last_step(killed) < reached)  # what was done since the checkpoint is done again
-            until(lambda: last_step(killed) >= reached)
+    @cached_property
+    def undisturbed(self) -> list[dict]:
+        """The metrics of a launched run that nothing happens to."""
+        run = self.launched_run("undisturbed")
+        with launched(run, self.gpus):
+            pass
+        return rows_of(run)
+
+    def killed(self) -> list[dict]:
+        expected, run = self.undisturbed, self.launched_run("killed")
+        with launched(run, self.gpus) as until:
+            until(lambda: last_step(run) > newest_checkpoint(run) > 0)
+            os.kill(status.read(run)[-1]["pid"], signal.SIGKILL)
+            start, reached, saved = time.monotonic(), last_step(run), newest_checkpoint(run)
+            until(lambda: last_step(run) < reached)  # what was done since the checkpoint is done again
+            until(lambda: last_step(run) >= reached)
             lost = time.monotonic() - start
+        found = {"seconds_lost": lost, "step_seconds": statistics.median(row["step_seconds"] for row in expected)}
+        found |= {"killed_after": reached, "resumed_from": saved}
+        return [{"case": "killed"} | found | compared(rows_of(run), expected)]
 
-        with launched(moved, self.gpus, interrupted=True) as until:
-            until(lambda: last_step(moved) >= RESTART_STEPS // 4)
-        moves = [last_step(moved)]
-        with launched(moved, 1, interrupted=True) as until:
-            until(lambda: last_step(moved) >= RESTART_STEPS // 2)
-        moves.append(last_step(moved))
-        with launched(moved, self.gpus):
+    def moved(self) -> list[dict]:
+        expected, run = self.undisturbed, self.launched_run("moved")
+        moves = []
+        for gpus, step in ((self.gpus, RESTART_STEPS // 4), (1, RESTART_STEPS // 2)):
+            with launched(run, gpus, interrupted=True) as until:
+                until(lambda step=step: last_step(run) >= step)
+            moves.append(last_step(run))
+        with launched(run, self.gpus):
             pass
+        found = {"gpus": [self.gpus, 1, self.gpus], "moved_after": moves}
+        return [{"case": "moved"} | found | compared(rows_of(run), expected)]
 
-        objectives = {run: [row["objective"] for row in rows_of(run)] for run in (undisturbed, killed, moved)}
-        expected = objectives[undisturbed]
 
-        def row(run: Path, **found: Any) -> dict:
-            differences = [abs(a - b) for a, b in zip(objectives[run], expected, strict=True)]
-            losses = {"first_objective": expected[0], "last_objective": expected[-1]}
-            return {"case": "restart", "run": run.name} | found | losses | {"max_difference": max(differences)}
-
-        usual = statistics.median(row["step_seconds"] for row in rows_of(undisturbed))
-        return [
-            row(killed, seconds_lost=lost, step_seconds=usual, killed_after=reached, resumed_from=saved),
-            row(moved, gpus=[self.gpus, 1, self.gpus], moved_after=moves),
-        ]
+def compared(rows: list[dict], expected: list[dict]) -> dict[str, float]:
+    """How far the objectives of a run are from an undisturbed run's."""
+    pairs = [(a["objective"], b["objective"]) for a, b in zip(rows, expected, strict=True)]
+    difference = max(abs(a - b) for a, b in pairs)
+    return {"first_objective": pairs[0][1], "last_objective": pairs[-1][1], "max_difference": difference}
 
 
 def random_weight(shape: tuple[int, ...]) -> Tensor:
@@ -311,12 +316,12 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 
 def set_beside_one(rows: list[dict]) -> None:
-    """Give rows of the same layers their `scaling`."""
-    ones = {row["layers"]: row["tokens_per_second_per_gpu"] for row in rows if row["case"] == "one"}
+    """Give rows of the same layers and day their `scaling`."""
+    ones = {(row["layers"], row["date"]): row for row in rows if row["case"] == "one"}
     for row in rows:
         case = CASES.get(row["case"])
-        if case and not case.distils and row["layers"] in ones:
-            row["scaling"] = row["tokens_per_second_per_gpu"] / ones[row["layers"]]
+        if case and not case.distils and (one := ones.get((row["layers"], row["date"]))):
+            row["scaling"] = row["tokens_per_second_per_gpu"] / one["tokens_per_second_per_gpu"]
 
 
 def write(path: Path, results: dict) -> None:
@@ -326,7 +331,9 @@ def write(path: Path, results: dict) -> None:
     part.rename(path)
 
 
-HEADER = "time  case       stage    ZeRO GPUs layers  tokens/s/GPU    MFU  peak GB  exposed overlapped    loss"
+HEADER = (
+    "time  case       stage    ZeRO GPUs layers  tokens/s/GPU    MFU  peak GB  exposed overlapped   idle    loss"
+)
 
 
 def line(row: dict, seconds: float) -> str:
@@ -334,17 +341,17 @@ def line(row: dict, seconds: float) -> str:
     start = f"{seconds:3.0f} s {row['case']:10s}"
     if row["case"] not in CASES:
         return f"{start} {'  '.join(f'{name} {value}' for name, value in row.items() if name != 'case')}"
-    shares = row["communication"] or {"exposed": math.nan, "overlapped": math.nan}
+    shares = row["shares"] or dict.fromkeys(("exposed", "overlapped", "idle"), math.nan)
     loss = row["objective"] if row["loss"] is None else row["loss"]
     return (
         f"{start} {row['stage']:8s} {row['zero_stage']:4d} {row['gpus']:4d} {row['layers']:6d} "
-        f"{row['tokens_per_second_per_gpu']:13,.0f} {row['mfu']:6.1%} {row['peak_bytes'] / 1e9:8.1f} "
-        f"{shares['exposed']:8.1%} {shares['overlapped']:10.1%} {loss:7.3f}"
+        f"{row['tokens_per_second_per_gpu']:12,.0f} {row['mfu']:6.1%} {row['peak_bytes'] / 1e9:8.1f} "
+        f"{shares['exposed']:8.1%} {shares['overlapped']:10.1%} {shares['idle']:6.1%} {loss:7.3f}"
     )
 
 
 def main() -> int:
-    names = [*CASES, "bandwidth", "restart"]
+    names = [*CASES, "bandwidth", "killed", "moved"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-14b", help="tiny is for a CPU")
@@ -364,7 +371,6 @@ def main() -> int:
     head = {
         "device": device,
         "gpus": args.gpus,
-        "date": str(date.today()),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
         "shape": args.shape,
@@ -384,12 +390,13 @@ def main() -> int:
                 if name in CASES:
                     found = bench.train(name, args.max_layers if CASES[name].deep else args.layers)
                 else:
-                    found = bench.bandwidth() if name == "bandwidth" else bench.restart()
+                    found = getattr(bench, name)()
             except RuntimeError as error:  # out of memory, say; the others go on
                 failed = True
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
                 continue
-            rows = [row for row in rows if row["case"] != name] + found
+            rows = [row for row in rows if row["case"] != name]
+            rows += [row | {"date": str(date.today())} for row in found]
             set_beside_one(rows)
             write(path, head | {"rows": rows})
             for row in found:

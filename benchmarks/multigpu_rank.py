@@ -34,7 +34,7 @@ def measure(trainer: Trainer, stage: Stage) -> dict:
     first += WARM_UP
     seconds, last = timed(trainer, range(first, first + TIMED))
     first += TIMED
-    communication = profiled(trainer, range(first, first + PROFILED))
+    found = profiled(trainer, range(first, first + PROFILED))
     phase = trainer.batches.phases[0]
     rate = TIMED * phase.tokens_per_step / seconds
     flops = flops_per_token(trainer.model_config, phase.sequence_length, stage.config)
@@ -46,7 +46,7 @@ def measure(trainer: Trainer, stage: Stage) -> dict:
         "mfu": rate * flops / trainer.peak_flops,
         "step_seconds": seconds / TIMED,
         "peak_bytes": int(peak.item()),
-        "communication": communication,
+        "shares": found,
         "objective": last["objective"],
         "loss": last["loss"],
     }
@@ -68,7 +68,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def profiled(trainer: Trainer, steps: range) -> dict[str, float] | None:
-    """`communication` of this rank's GPU in these steps; None on a CPU."""
+    """`shares` of this rank's GPU in these steps; None on a CPU."""
     if trainer.device.type != "cuda":
         timed(trainer, steps)
         return None
@@ -76,11 +76,12 @@ def profiled(trainer: Trainer, steps: range) -> dict[str, float] | None:
         seconds, _ = timed(trainer, steps)
     path = trainer.config.run_dir / f"trace-{trainer.rank}.json"
     profiler.export_chrome_trace(str(path))
-    return communication(json.loads(path.read_text())["traceEvents"], seconds)
+    return shares(json.loads(path.read_text())["traceEvents"], seconds)
 
 
-def communication(events: list[dict], seconds: float) -> dict[str, float] | None:
-    """Shares of `seconds` in which NCCL's kernels run: `exposed`, alone, and `overlapped`, with other work.
+def shares(events: list[dict], seconds: float) -> dict[str, float] | None:
+    """Shares of `seconds` in which NCCL's kernels run, `exposed`, alone, and `overlapped`, with other work, and in
+    which nothing runs: `idle`.
 
     Args:
         events: of a trace in Chrome's format, whose times are microseconds.
@@ -93,9 +94,11 @@ def communication(events: list[dict], seconds: float) -> dict[str, float] | None
             kind.append((event["ts"], event["ts"] + event["dur"]))
     if not nccl and not others:
         return None  # no permission to trace
-    exposed = covered(nccl + others) - covered(others)
+    busy = covered(nccl + others)
+    exposed = busy - covered(others)
     overlapped = covered(nccl) - exposed
-    return {"exposed": exposed / 1e6 / seconds, "overlapped": overlapped / 1e6 / seconds}
+    found = {"exposed": exposed, "overlapped": overlapped, "idle": 1e6 * seconds - busy}
+    return {name: microseconds / 1e6 / seconds for name, microseconds in found.items()}
 
 
 def covered(intervals: Intervals) -> float:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from brumby.benchmarks import multigpu
-from brumby.benchmarks.multigpu_rank import communication
+from brumby.benchmarks.multigpu_rank import shares
 
 
 def event(name: str, start: float, end: float, cat: str = "kernel") -> dict:
@@ -23,9 +23,9 @@ def test_communication_alone_and_beside_other_work() -> None:
         event("nccl:all_gather", 0, 8, "gpu_user_annotation"),
         {"ph": "M", "name": "process_name"},
     ]
-    # NCCL runs from 1 to 6, others meanwhile from 1 to 2 and from 3 to 3.5
-    assert communication(events, 10.0) == pytest.approx({"exposed": 0.35, "overlapped": 0.15})
-    assert communication(events[-2:], 10.0) is None
+    # NCCL runs from 1 to 6, others meanwhile from 1 to 2 and from 3 to 3.5; nothing runs from 6 to 7 and after 8
+    assert shares(events, 10.0) == pytest.approx({"exposed": 0.35, "overlapped": 0.15, "idle": 0.3})
+    assert shares(events[-2:], 10.0) is None
 
 
 @pytest.mark.slow
