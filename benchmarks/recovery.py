@@ -1,18 +1,19 @@
 """How much of a base model's quality a recipe recovers, and at what price: one GPU, no DeepSpeed.
 
     python -m benchmarks.recovery --base FOLDER --train train.npy --held-out held-out.npz [--recipes NAME ...]
-        [--tasks tasks.npz]
+        [--tasks tasks.npz] [--sampled sampled.npy]
     python -m benchmarks.recovery --plot docs/recovery.png
 
-`python -m benchmarks.recovery_data` makes all four. `FOLDER` is a checkpoint made by `brumby convert`: the
-student, and with softmax the teacher. Recipes are entries of `benchmarks/recovery.yaml`. All of them see the same
-tokens in the same order; the excess is the student's loss minus the softmax base's on text from none of the
-training sources. Rows of `recipe`, `model`, `seed`, `tokens`, `excess_nats`, `base_loss`, `gpu_seconds` and
-`compile_seconds` go to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is
-not run again. With tasks the last row of each recipe has `accuracy` by task and `accuracy_above_chance`, the mean
-share of the base's accuracy above chance that is left; the row of recipe `base` is the softmax base's.
-`gpu_seconds` are those of calibration and steps; what has to be compiled for them is compiled before they are
-timed.
+`python -m benchmarks.recovery_data` makes all but the last, `python -m benchmarks.recovery_sample` that: text
+which the base wrote, for stages with `sampled`. `FOLDER` is a checkpoint made by `brumby convert`: the student,
+and with softmax the teacher. Recipes are entries of `benchmarks/recovery.yaml`. All of them see the same tokens
+in the same order. The excess is the student's loss minus the softmax base's on text from none of the training
+sources, and in domain that on text of the training sources, the last that a recipe would see. Rows of `recipe`,
+`model`, `seed`, `tokens`, `excess_nats`, `excess_in_domain`, `base_loss`, `gpu_seconds` and `compile_seconds` go
+to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is not run again. With
+tasks the last row of each recipe has `accuracy` by task and `accuracy_above_chance`, the mean share of the base's
+above chance that is left; the row of recipe `base` is the softmax base's. `gpu_seconds` are those of calibration
+and steps; what has to be compiled for them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
 """
@@ -80,6 +81,10 @@ class Recipe:
     def tokens(self) -> int:
         return sum(stage.tokens for stage in self.stages)
 
+    @property
+    def sampled(self) -> bool:
+        return any(stage.sampled for stage in self.stages)
+
 
 def precision(device: torch.device) -> torch.dtype:
     """Of matrix products; weights and moments are float32."""
@@ -98,7 +103,7 @@ class Run:
 
     def __init__(
         self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int,
-        tasks: dict[str, Task] | None = None,
+        tasks: dict[str, Task] | None = None, sampled: Path | None = None,
     ) -> None:  # fmt: skip
         self.T = T
         self.device = torch.device(device)
@@ -127,6 +132,8 @@ class Run:
         )
         ids = torch.from_numpy(np.load(train).astype(np.int32))
         self.train_ids = rows_of(ids, T).to(self.device)  # [rows, T + 1]
+        written = np.load(sampled).astype(np.int32) if sampled else np.zeros(0, np.int32)
+        self.sampled_ids = torch.from_numpy(written).view(-1, T + 1).to(self.device)
         with np.load(held_out) as sources:
             self.held_out = {
                 name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64)), T).to(self.device)
@@ -173,11 +180,13 @@ class Run:
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Mean nats a token by held-out source, and their mean as `all`."""
-        losses = {}
-        for name, rows in self.held_out.items():
-            parts = [self.token_losses(model, part)[0] for part in rows.split(EVALUATED)]
-            losses[name] = torch.cat(parts).mean().item()
+        losses = {name: self.loss(model, rows) for name, rows in self.held_out.items()}
         return losses | {"all": sum(losses.values()) / len(losses)}
+
+    def loss(self, model: Model, rows: Tensor) -> float:
+        """Mean nats a token of rows [., T + 1]."""
+        parts = [self.token_losses(model, part)[0] for part in rows.split(EVALUATED)]
+        return torch.cat(parts).mean().item()
 
     def answer(self, model: Model) -> dict[str, float]:
         """Accuracy by task."""
@@ -191,11 +200,13 @@ class Run:
         rounded = {name: round(value, 4) for name, value in found.items()}
         return {"accuracy": rounded, "accuracy_above_chance": round(share, 4)}
 
-    def batches(self, seed: int) -> Iterator[Tensor]:
-        """Rows [T + 1] without end, in an order that the seed alone decides."""
+    def batches(self, seed: int, ids: Tensor) -> Iterator[Tensor]:
+        """Rows [T + 1] of `ids` without end, in an order that the seed alone decides."""
+        if not len(ids):
+            raise ValueError("a stage is to see text that the base wrote, and there is none")
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from self.train_ids[torch.randperm(len(self.train_ids), generator=generator).to(self.device)]
+            yield from ids[torch.randperm(len(ids), generator=generator).to(self.device)]
 
     # ------------------------------------------------------------------------------------------------
     # Training
@@ -209,7 +220,20 @@ class Run:
             layer.self_attn.__class__ = BrumbyAttention
         student.config.p = recipe.power
         student.config.use_exp = bool(recipe.stages) and recipe.stages[0].softmax
-        rows, seen, seconds, compiling = self.batches(seed), 0, 0.0, 0.0
+        rows, written = (self.batches(seed, ids) for ids in (self.train_ids, self.sampled_ids))
+        order = torch.randperm(len(self.train_ids), generator=torch.Generator().manual_seed(seed))
+        unseen = self.train_ids[order[-EVALUATED:].to(self.device)].long()
+        base_loss = self.loss(self.teacher, unseen)
+        owed, seen, seconds, compiling = 0.0, 0, 0.0, 0.0
+
+        def take(stage: Stage) -> Tensor:
+            """The next row."""
+            nonlocal owed
+            owed += stage.sampled
+            if owed < 1:
+                return next(rows)
+            owed -= 1
+            return next(written)
 
         def prepare() -> None:
             """From the softmax base, as it is by now, to a student with power retention."""
@@ -232,6 +256,7 @@ class Run:
             excess = {name: round(losses[name] - self.base_loss[name], 4) for name in losses}
             record({
                 "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
+                "excess_in_domain": round(self.loss(student, unseen) - base_loss, 4),
                 "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
                 "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
                 **self.accuracy_row(self.answer(student) if final else {}),
@@ -249,7 +274,7 @@ class Run:
                 student.load_state_dict(state)
                 num_sequences = max(1, stage.tokens // (stage.sequences * self.T)) * stage.sequences
                 for _ in range(num_sequences):
-                    next(rows)
+                    take(stage)
                 seen, seconds = num_sequences * self.T, seconds + first_seconds
                 measure(loss, final)
                 continue
@@ -262,7 +287,7 @@ class Run:
                 started = time.perf_counter()
                 first = i % stage.pieces * length
                 if not first:
-                    ids = torch.stack([next(rows) for _ in range(stage.sequences)]).long()
+                    ids = torch.stack([take(stage) for _ in range(stage.sequences)]).long()
                 found = steps.step(i, ids[:, first : first + length + 1])
                 seen += stage.sequences * length
                 last = i + 1 == steps.num_steps
@@ -404,6 +429,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=Path, help="token ids by source, npz")
     parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
     parser.add_argument("--tasks", type=Path, help="questions of benchmarks/accuracy.py, npz")
+    parser.add_argument("--sampled", type=Path, help="token ids that the base wrote, npy")
     parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the order of the tokens")
     parser.add_argument("--recipe-file", type=Path, default=HERE / "recovery.yaml")
@@ -423,11 +449,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--base, --train and --held-out are missing")
     started = time.perf_counter()
     recipes = load_recipes(args.recipe_file, args.recipes)
+    if not args.sampled:
+        recipes = [recipe for recipe in recipes if not recipe.sampled or recipe.name in args.recipes]
+        if needy := [recipe.name for recipe in recipes if recipe.sampled]:
+            parser.error(f"--sampled is missing, which {', '.join(needy)} needs")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
     run = Run(
         args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
-        args.sequence_length, load_tasks(args.tasks) if args.tasks else None,
+        args.sequence_length, load_tasks(args.tasks) if args.tasks else None, args.sampled,
     )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
     base = Recipe("base", [], Calibration())

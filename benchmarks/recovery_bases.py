@@ -88,7 +88,7 @@ def learn_norms(run: Run, num_tokens: int) -> Model:
 
     print(f"norms, untrained: {excess():.4f} nats above the base", flush=True)
     stage = Stage(num_tokens, softmax=True, lr=5e-4, sequences=4)
-    steps, rows = Steps(run, stage), run.batches(seed=1)
+    steps, rows = Steps(run, stage), run.batches(1, run.train_ids)
     steps.warm_up(run.train_ids[: stage.sequences].long())
     for i in range(steps.num_steps):
         steps.step(i, torch.stack([next(rows) for _ in range(stage.sequences)]).long())

@@ -56,6 +56,7 @@ class Stage:
     adam_lr: float = 1e-3
     by_head: bool = False  # Muon takes the part of each head in q, k, v and o for a matrix of its own
     row_beta: float = 0.0  # Muon's rows are divided by the root of their mean square; 0: they are not
+    sampled: float = 0.0  # share of the sequences that the base wrote itself
     pieces: int = 1  # in how many steps the tokens of a sequence are taken, each without the ones before
     fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
     fade_by_layer: bool = False  # one layer after the other instead of all at once

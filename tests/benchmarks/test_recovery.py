@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brumby.benchmarks import alignment, recovery, recovery_bases
+from brumby.benchmarks import alignment, recovery, recovery_bases, recovery_sample
 from brumby.benchmarks.accuracy import Task, save_tasks
 from brumby.benchmarks.calibration import Calibration, calibrate
 from brumby.benchmarks.muon import Muon, by_head, orthogonal
@@ -172,11 +172,47 @@ def test_pieces_are_all_of_a_sequence(tiny_model: Path, tmp_path: Path, monkeypa
     stage = Stage(tokens=128, align=True, sequences=2, pieces=4)
     run.recover(recovery.Recipe("pieces", [stage], Calibration()), 0, lambda row: None)
     assert [tuple(ids.shape) for ids in seen] == [(2, 9)] * 8
-    rows = run.batches(0)
+    rows = run.batches(0, run.train_ids)
     for i in (0, 4):
         whole = torch.cat([seen[i][:, :1], *(ids[:, 1:] for ids in seen[i : i + 4])], 1)
         assert torch.equal(whole, torch.stack([next(rows), next(rows)]))
         assert all(torch.equal(a[:, -1], b[:, 0]) for a, b in pairwise(seen[i : i + 4]))
+
+
+def test_a_share_of_the_rows_is_the_bases_own(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    run, seen = small_run(tiny_model, tmp_path), []
+    step = Steps.step
+    monkeypatch.setattr(Steps, "step", lambda self, i, ids: (seen.append(ids.clone()), step(self, i, ids))[1])
+    stages = [Stage(tokens=32 * 4, align=True, sequences=1), Stage(tokens=32 * 8, sequences=4, sampled=0.25)]
+    with pytest.raises(ValueError, match="text that the base wrote"):
+        run.recover(recovery.Recipe("none", stages, Calibration()), 0, lambda row: None)
+    run.sampled_ids = torch.arange(3 * 33, dtype=torch.int32).view(3, 33)
+    seen.clear()
+    run.recover(recovery.Recipe("some", stages, Calibration()), 0, lambda row: None)
+    rows, written = run.batches(0, run.train_ids), run.batches(0, run.sampled_ids)
+    for _ in range(0 if len(seen) == 6 else 4):
+        next(rows)  # the first stage is not run again
+    for ids in seen:
+        expected = [next(written) if len(ids) == 4 and i == 3 else next(rows) for i in range(len(ids))]
+        assert torch.equal(ids, torch.stack(expected))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
+    _, teacher = pair(qk_norm)
+    sampler = recovery_sample.Sampler(teacher.eval(), B=3, T=20, first=5)
+    rows = sampler.write().clone()
+    assert (rows[:, 0] == 5).all()
+    expected = teacher(rows[:, :-1], use_cache=False).logits
+    sampler.position.zero_()
+    for i in range(20):
+        torch.testing.assert_close(sampler.logits(20), expected[:, i])
+        sampler.position += 1
+    num_rows = 20_000
+    sampler = recovery_sample.Sampler(teacher, B=num_rows, T=1, first=5)
+    found = torch.bincount(sampler.write()[:, 1], minlength=97)
+    p = expected[0, 0].softmax(-1)
+    assert ((found - num_rows * p) / (num_rows * p * (1 - p)).sqrt()).square().sum() < 170  # chi square, 5 sigma
 
 
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
