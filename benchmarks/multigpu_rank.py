@@ -8,13 +8,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from brumby.train import config as run_config
-from brumby.train.__main__ import quieten
+from brumby.train.__main__ import end, quieten
 from brumby.train.schedule import Stage
 from brumby.train.throughput import flops_per_token
 from brumby.train.trainer import Trainer, memory_bytes
@@ -110,7 +111,7 @@ def covered(intervals: Intervals) -> float:
     return total
 
 
-def main(run_dir: Path) -> None:
+def main(run_dir: Path) -> NoReturn:
     quieten()
     trainer = Trainer(run_config.load(run_dir), beat=lambda: None)
     rows = [measure(trainer, stage) for stage in trainer.stages]
@@ -118,6 +119,7 @@ def main(run_dir: Path) -> None:
         (run_dir / "measured.json").write_text(json.dumps(rows) + "\n")
     dist.barrier()
     dist.destroy_process_group()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
+
+from brumby.train.__main__ import end
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> NoReturn:
     """Rank 0 writes `bandwidth.json`: `gigabytes_per_second` of the bus, the median of five all-reduces.
 
     The rate is 2 (n - 1) / n x bytes / seconds, as nccl-tests define it, which does not depend on n.
@@ -32,6 +35,7 @@ def main(folder: Path) -> None:
         (folder / "bandwidth.json").write_text(json.dumps(found) + "\n")
     dist.barrier()
     dist.destroy_process_group()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,17 @@ def main() -> NoReturn:
     parser.add_argument("run", type=Path, help="run directory with a config.yaml")
     logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(levelname)s %(message)s")
     code = run(parser.parse_args().run)
+    end(0 if code == EXIT_INTERRUPTED else code)  # a launcher takes any other code for a rank that failed
+
+
+def end(code: int) -> NoReturn:
+    """End a rank that has written all it has to.
+
+    A thread of gloo's or NCCL's that is still there would abort the interpreter's own end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is saved. A thread of gloo's or NCCL's that is still there would abort the interpreter's own end.
-    os._exit(0 if code == EXIT_INTERRUPTED else code)  # a launcher takes any other code for a rank that failed
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,8 @@ class RunConfig:
         micro_batch: Sequences a rank puts through the model at once.
         zero_stage: 0 to 3, see DeepSpeed's ZeRO.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping it.
+        softmax: Train the base itself, with its attention: the control for a run, or, exported, a base that knows
+            the text before retention learns from it. Gates, and norms that retention alone has, stay as they are.
         calibrate: Before the first step, set the gates from how far back the base's attention looks in that step's
             samples: see `brumby.train.calibration`. The gates need biases.
         checkpoint_every: Steps between checkpoints; the last step always has one.
@@ -200,6 +202,7 @@ class RunConfig:
     micro_batch: int = 1
     zero_stage: int = 2
     activation_checkpointing: bool = False
+    softmax: bool = False
     calibrate: bool = False
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -230,6 +233,13 @@ class RunConfig:
         self.stages = self.stages or {"retrain": StageConfig()}
         for name, stage in self.stages.items():
             stage.validate(f"stages.{name}", self.optimizer.name)
+            if self.softmax and stage.needs_teacher:
+                raise ValueError(
+                    f"softmax=true trains the base itself, from which stages.{name} is to learn; its stages "
+                    "retrain, with kl=0"
+                )
+        if self.softmax and self.calibrate:
+            raise ValueError("softmax=true trains the base itself, which has no gates for calibrate=true to set")
 
     @property
     def run_dir(self) -> Path:

@@ -145,7 +145,11 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.DeepSpeedEngine, Guard]:
     """The model under training, with its optimizer and ZeRO, and what keeps bad steps from it."""
     world_size = dist.get_world_size()
-    model = load_model(config, world_size, use_exp=False, train=True)
+    model = load_model(config, world_size, use_exp=config.softmax, train=True)
+    if config.softmax:
+        for name, parameter in model.named_parameters():
+            without_norms = not model.config.normalises_qk and (".q_norm." in name or ".k_norm." in name)
+            parameter.requires_grad_(not (".g_proj." in name or without_norms))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
     groups, fused = parameter_groups(model, config.optimizer), device.type == "cuda"

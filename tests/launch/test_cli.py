@@ -127,6 +127,8 @@ def test_an_experiment_of_ones_own(tmp_path, capsys):
         (["train", "experiment=demo", "optimizer.name=adamw"], "stages.retrain.muon_lr is 0.001, which only"),
         (["train", "experiment=demo", "optimizer.name=lion"], "optimizer.name is 'lion'; expected 'adamw' or"),
         (["train", "experiment=demo", "stages.retrain.muon_lr=null"], "stages.retrain.muon_lr is missing"),
+        (["train", "experiment=demo", "softmax=true"], "from which stages.retrain is to learn"),
+        (["train", "experiment=smollm2_135m_base", "calibrate=true"], "no gates for calibrate=true to set"),
         (
             ["train", "experiment=demo", "stages.retrain.mixer_lr=1"],
             "stages.retrain.mixer_lr is 1.0; with optimizer.name=muon",

@@ -56,7 +56,8 @@ def plain_training(
 ) -> tuple[list[float], BrumbyForCausalLM]:
     """The same training in plain PyTorch: one process, whole batches, documents one by one.
 
-    Parameters without `trained` in their names are frozen. A copy in the run's precision computes the gradients.
+    Parameters without `trained` in their names are frozen, and what softmax has no use for. A copy
+    in the run's precision computes the gradients.
 
     Returns:
         The losses and the float32 model behind the last step.
@@ -65,7 +66,9 @@ def plain_training(
     stage, with_muon = config.stages["retrain"], config.optimizer.name == "muon"
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_exp=use_exp)
     copy = deepcopy(model).to(DTYPES[config.precision])
-    named = [(n, p) for n, p in model.named_parameters() if trained in n]
+    unused = ["g_proj"] if use_exp else []
+    unused += ["q_norm", "k_norm"] if use_exp and model.config.qk_norm == "retention" else []
+    named = [(n, p) for n, p in model.named_parameters() if trained in n and not any(u in n for u in unused)]
     hidden = [p for n, p in named if with_muon and is_hidden(n)]
     by_adamw = [(n, p) for n, p in named if not (with_muon and is_hidden(n))]
     matrices = [p for n, p in by_adamw if p.ndim == 2 and "g_proj" not in n]
@@ -89,7 +92,7 @@ def plain_training(
             total = total + torch.nn.functional.cross_entropy(logits, labels[start:end], reduction="sum")
             count += int((labels[start:end] != -100).sum())
         found.append(total.item() / count)
-        if use_exp:
+        if use_exp and not config.softmax:
             continue
         copy.zero_grad()
         (total / count).backward()
@@ -171,6 +174,24 @@ def test_frozen_parameters_stay_as_they_are(make_run, zero_stage, then, precisio
         assert torch.equal(found[name], parameter.float()) == (".self_attn." not in name), name
     reader = PiecesReader(find_checkpoint(run_dir))
     assert {name for kind, name in reader.found if kind == "exp_avg"} == {n for n in found if ".self_attn." in n}
+
+
+@pytest.mark.parametrize(("zero_stage", "num_ranks", "qk_norm"), [(0, 1, True), (2, 2, "retention"), (3, 2, True)])
+def test_a_softmax_run_trains_the_base(make_run, tiny_model, tmp_path, zero_stage, num_ranks, qk_norm):
+    shutil.copytree(tiny_model, model := tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"qk_norm": qk_norm}))
+    run_dir = make_run(softmax=True, zero_stage=zero_stage, model=str(model))
+    train(run_dir, num_ranks)
+    assert losses(run_dir) == pytest.approx(plain_losses(run_dir, use_exp=True), **TOLERANCES["fp32"])
+    before, after = BrumbyForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict(), weights(run_dir)
+    same = {name for name in after if torch.equal(after[name], before[name])}
+    kept = ("g_proj",) if qk_norm is True else ("g_proj", "q_norm", "k_norm")
+    assert same == {name for name in after if any(part in name for part in kept)}
+    export(find_checkpoint(run_dir), model, tmp_path / "taught", "float32")
+    taught = BrumbyForCausalLM.from_pretrained(tmp_path / "taught")
+    assert not taught.config.use_exp
+    assert all(torch.equal(taught.state_dict()[name], weight) for name, weight in after.items())
 
 
 @pytest.mark.slow
