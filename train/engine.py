@@ -104,8 +104,9 @@ def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=use_exp)
     del partitioned  # transformers consults it, through a weak reference, while it loads
-    if config.zero_stage == 3:  # gathers an MLP's matrices together; mixers, whose alignment has no gradient
-        set_z3_leaf_modules(model, [Qwen3MLP])  # with respect to what they read, it then releases too early
+    if config.zero_stage == 3:
+        # Gather an MLP's matrices together. Not a mixer's: aligned, it is found released in its backward.
+        set_z3_leaf_modules(model, [Qwen3MLP])
     if torch.cuda.is_available():
         use_liger(model)
     return model
@@ -146,10 +147,6 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.Dee
     """The model under training, with its optimizer and ZeRO, and what keeps bad steps from it."""
     world_size = dist.get_world_size()
     model = load_model(config, world_size, use_exp=config.softmax, train=True)
-    if config.softmax:
-        for name, parameter in model.named_parameters():
-            without_norms = not model.config.normalises_qk and (".q_norm." in name or ".k_norm." in name)
-            parameter.requires_grad_(not (".g_proj." in name or without_norms))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
     groups, fused = parameter_groups(model, config.optimizer), device.type == "cuda"
