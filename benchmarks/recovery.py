@@ -206,7 +206,10 @@ class Run:
             raise ValueError("a stage is to see text that the base wrote, and there is none")
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from ids[torch.randperm(len(ids), generator=generator).to(self.device)]
+            yield from self.shuffled(ids, generator)
+
+    def shuffled(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        return ids[torch.randperm(len(ids), generator=generator).to(self.device)]
 
     # ------------------------------------------------------------------------------------------------
     # Training
@@ -221,8 +224,7 @@ class Run:
         student.config.p = recipe.power
         student.config.use_exp = bool(recipe.stages) and recipe.stages[0].softmax
         rows, written = (self.batches(seed, ids) for ids in (self.train_ids, self.sampled_ids))
-        order = torch.randperm(len(self.train_ids), generator=torch.Generator().manual_seed(seed))
-        unseen = self.train_ids[order[-EVALUATED:].to(self.device)].long()
+        unseen = self.shuffled(self.train_ids, torch.Generator().manual_seed(seed))[-EVALUATED:].long()
         base_loss = self.loss(self.teacher, unseen)
         owed, seen, seconds, compiling = 0.0, 0, 0.0, 0.0
 

@@ -197,6 +197,19 @@ def test_a_share_of_the_rows_is_the_bases_own(tiny_model: Path, tmp_path: Path, 
         assert torch.equal(ids, torch.stack(expected))
 
 
+def test_the_excess_in_domain_is_on_rows_that_come_last(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(recovery, "EVALUATED", 4)
+    run, found = small_run(tiny_model, tmp_path), []
+    stage = Stage(tokens=32 * 12, kl=0.0, ce=1.0, lr=1e-2, sequences=4)  # all but the last four of 16 rows
+    run.recover(recovery.Recipe("some", [stage], Calibration()), 3, found.append)
+    rows = run.batches(3, run.train_ids)
+    last = torch.stack([next(rows) for _ in range(16)])[12:].long()
+    logits = [model(last[:, :-1], use_cache=False).logits.flatten(0, 1) for model in (run.student, run.teacher)]
+    student, base = (F.cross_entropy(z, last[:, 1:].flatten()).item() for z in logits)
+    assert found[-1]["excess_in_domain"] == pytest.approx(student - base, abs=1e-4)
+    assert found[0]["excess_in_domain"] != found[-1]["excess_in_domain"]
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
     _, teacher = pair(qk_norm)
