@@ -116,8 +116,8 @@ class Run:
         self.start = self.copy_of_student()
         self.corrected: tuple[Any, ...] = ()  # by what the teacher was trained
         self.calibrated: tuple[Any, dict[str, Tensor], float] | None = None
-        # What the last first stage gave, with its seconds and loss: many recipes begin alike.
-        self.first: tuple[Any, dict[str, Tensor], float, float] | None = None
+        # What the last stages gave that others followed, with their seconds and losses: many recipes begin alike.
+        self.begun: list[tuple[Any, dict[str, Tensor], float, float]] = []
         self.metrics: list[tuple[Tensor, Tensor]] = []
         self.metrics_seconds = 0.0
         wrap: Callable[[Any], Any] = torch.compile if compile else lambda function: function
@@ -211,6 +211,12 @@ class Run:
     def shuffled(self, ids: Tensor, generator: torch.Generator) -> Tensor:
         return ids[torch.randperm(len(ids), generator=generator).to(self.device)]
 
+    def noisy(self, ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
+        """`ids` with a share of them replaced by others of the training text."""
+        text = self.train_ids.flatten()
+        others = text[torch.randint(len(text), ids.shape, generator=generator, device=self.device)].long()
+        return torch.where(torch.rand(ids.shape, generator=generator, device=self.device) < share, others, ids)
+
     # ------------------------------------------------------------------------------------------------
     # Training
 
@@ -270,19 +276,20 @@ class Run:
             if student.config.use_exp and not stage.softmax:
                 self.have_for_teacher(self.copy_of_student(), (seed, recipe.stages[:n]))
                 prepare()
-            key = seed, recipe.calibration, recipe.power, stage
-            if self.first and self.first[0] == key and not seen and not recipe.evaluate_at:
-                _, state, first_seconds, loss = self.first
+            key = seed, recipe.calibration, recipe.power, recipe.stages[: n + 1]
+            if not final and [key] == [begun[0] for begun in self.begun[n : n + 1]] and not recipe.evaluate_at:
+                _, state, stage_seconds, loss = self.begun[n]
                 student.load_state_dict(state)
                 num_sequences = max(1, stage.tokens // (stage.sequences * self.T)) * stage.sequences
                 for _ in range(num_sequences):
                     take(stage)
-                seen, seconds = num_sequences * self.T, seconds + first_seconds
+                seen, seconds = seen + num_sequences * self.T, seconds + stage_seconds
                 measure(loss, final)
                 continue
             if stage.metric:
                 seconds += self.measure_metrics()
-            before, steps = (seen, seconds), Steps(self, stage)
+            before, steps = seconds, Steps(self, stage)
+            noise = torch.Generator(self.device).manual_seed(seed)
             length = self.T // stage.pieces
             compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences, : length + 1].long())
             for i in range(steps.num_steps):
@@ -290,6 +297,8 @@ class Run:
                 first = i % stage.pieces * length
                 if not first:
                     ids = torch.stack([take(stage) for _ in range(stage.sequences)]).long()
+                    if stage.noise:
+                        ids = self.noisy(ids, stage.noise, noise)
                 found = steps.step(i, ids[:, first : first + length + 1])
                 seen += stage.sequences * length
                 last = i + 1 == steps.num_steps
@@ -301,8 +310,8 @@ class Run:
                     measure(loss, final and last)
                 else:
                     seconds += time.perf_counter() - started
-            if not before[0] and not final:
-                self.first = key, self.copy_of_student(), seconds - before[1], loss
+            if not final:
+                self.begun[n:] = [(key, self.copy_of_student(), seconds - before, loss)]
 
     def have_for_teacher(self, weights: dict[str, Tensor], corrected: tuple[Any, ...]) -> None:
         """Take weights that `corrected` describes, () for the base's, for the teacher's."""
@@ -382,9 +391,9 @@ CURVES = {  # models and recipes whose last rows make a line, by what they are
     ),
     "the same, heads of 128": (
         "SmolLM2-135M-wide-heads-new-QK-norm",
-        ("distance-muon-klmuon1-ce-5m", "correct-15m", "correct-40m"),
+        ("distance-muon-klmuon1-ce-5m", "sampled-kl-15m", "sampled-kl-40m"),
     ),
-    "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-40m")),
+    "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-15m", "softmax-40m")),
 }
 
 

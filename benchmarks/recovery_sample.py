@@ -1,10 +1,12 @@
-"""Text that a base writes by itself, for `--sampled` of benchmarks/recovery.py.
+"""Text that a base writes by itself, for `--sampled` of benchmarks/recovery.py and for `experiment=smollm2_135m`.
 
-    python -m benchmarks.recovery_sample --base FOLDER --tokens 20000000 --out sampled.npy
+    python -m benchmarks.recovery_sample --base FOLDER --tokens 16000000 --out sampled.npy
 
 `FOLDER` is a checkpoint made by `brumby convert`, run with softmax. Each row begins with the token `--first`, by
-default that of id 0, `<|endoftext|>` in SmolLM2, and every next one is drawn from the base's own distribution. The
-file has uint16 ids of rows of `--sequence-length` + 1 tokens, one after the other.
+default that of id 0, `<|endoftext|>` in SmolLM2, and every next one is drawn from the base's own distribution
+without the tokens whose probability is below `--min-p` times the largest (min-p, arXiv 2407.01082). `sampled.npy`
+has uint16 ids of rows of `--sequence-length` + 1 tokens, one after the other, and `sampled.jsonl.gz` beside it has
+their text, a row a document, for `brumby prepare`.
 
 Shapes: B rows, T tokens, H key-value heads, R query heads to each, K head_dim, W vocabulary.
 """
@@ -12,6 +14,9 @@ Shapes: B rows, T tokens, H key-value heads, R query heads to each, K head_dim, 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
+import math
 import time
 from pathlib import Path
 from typing import cast
@@ -20,8 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from brumby.benchmarks.recovery_data import content_of
+from brumby.launch.demo import write
 from brumby.model import BrumbyForCausalLM
 from brumby.model.modeling_brumby import BrumbyAttention
 
@@ -31,9 +39,9 @@ BUCKET = 256  # positions that share a graph, and read as many keys
 class Sampler:
     """A model with softmax, and the keys and values of B rows of T tokens."""
 
-    def __init__(self, model: BrumbyForCausalLM, B: int, T: int, first: int) -> None:
+    def __init__(self, model: BrumbyForCausalLM, B: int, T: int, first: int, min_p: float) -> None:
         config, device = model.config, model.lm_head.weight.device
-        self.model = model
+        self.model, self.margin = model, -math.log(min_p)
         H = config.num_key_value_heads or config.num_attention_heads
         shape = (config.num_hidden_layers, B, H, T, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(2))
@@ -70,6 +78,7 @@ class Sampler:
     def step(self, num_keys: int) -> None:
         """Draw the token after `position`, by Gumbel's maximum, and go there."""
         z = self.logits(num_keys)
+        z = z.masked_fill(z < z.amax(-1, keepdim=True) - self.margin, -math.inf)
         drawn = (z - torch.empty_like(z).exponential_().log()).argmax(-1)
         self.position += 1
         self.rows.index_copy_(1, self.position.view(1), drawn[:, None])
@@ -108,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1024, help="at once; SmolLM2-135M takes 48 MB for each")
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--min-p", type=float, default=0.002, help="makes SmolLM2 as sure of it as of real text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,13 +125,15 @@ def main(argv: list[str] | None = None) -> None:
     model: nn.Module = BrumbyForCausalLM.from_pretrained(args.base, dtype=dtype, use_exp=True)
     T, started = args.sequence_length, time.perf_counter()
     torch.manual_seed(args.seed)
-    sampler = Sampler(cast(BrumbyForCausalLM, model.to(device).eval()), args.rows, T, args.first)
+    sampler = Sampler(cast(BrumbyForCausalLM, model.to(device).eval()), args.rows, T, args.first, args.min_p)
     num_rounds = -(-args.tokens // (args.rows * (T + 1)))
     parts = [sampler.write().cpu().numpy().astype(np.uint16) for _ in track(range(num_rounds), "Writing")]
-    unfinished = args.out.with_name(f".{args.out.name}.unfinished")
-    with unfinished.open("wb") as file:
-        np.save(file, np.concatenate(parts).ravel())
-    unfinished.rename(args.out)
+    rows = np.concatenate(parts)
+    tokenizer = Tokenizer.from_file(str(args.base / "tokenizer.json"))
+    texts = tokenizer.decode_batch(rows[:, 1:].tolist(), skip_special_tokens=False)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    write(args.out.with_suffix(".jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
+    write(args.out, content_of(np.save, rows.ravel()))
     print(f"{num_rounds * args.rows * (T + 1):,} tokens in {time.perf_counter() - started:.0f} s")
 
 

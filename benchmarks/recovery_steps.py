@@ -57,10 +57,15 @@ class Stage:
     by_head: bool = False  # Muon takes the part of each head in q, k, v and o for a matrix of its own
     row_beta: float = 0.0  # Muon's rows are divided by the root of their mean square; 0: they are not
     sampled: float = 0.0  # share of the sequences that the base wrote itself
+    noise: float = 0.0  # share of the tokens that are replaced by any of the text, in stages without cross-entropy
     pieces: int = 1  # in how many steps the tokens of a sequence are taken, each without the ones before
     fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
     fade_by_layer: bool = False  # one layer after the other instead of all at once
     softmax: bool = False  # train the softmax base: the control, or, if others follow, their student and teacher
+
+    def __post_init__(self) -> None:
+        if self.noise and self.ce:
+            raise ValueError("a stage with noise has no labels for cross-entropy")
 
 
 class FadingAttention(BrumbyAttention):
@@ -251,12 +256,13 @@ class Steps:
         """Muon's groups."""
         stage, model = self.stage, self.run.student
         names = {id(p): name for name, p in model.named_parameters()}
-        found: dict[tuple[int, int] | None, list[Tensor]] = {}
+        found: dict[tuple[tuple[int, int] | None, float], list[Tensor]] = {}
         for p in parameters:
-            mixer = stage.by_head and ".self_attn." in names[id(p)]
-            heads = (int(".o_proj." in names[id(p)]), model.config.head_dim) if mixer else None
-            found.setdefault(heads, []).append(p)
-        return [{"params": p, "heads": heads, "lr": stage.lr, "peak_lr": stage.lr} for heads, p in found.items()]
+            mixer = ".self_attn." in names[id(p)]
+            heads = (int(".o_proj." in names[id(p)]), model.config.head_dim) if mixer and stage.by_head else None
+            lr = stage.mixer_lr or stage.lr if mixer else stage.lr
+            found.setdefault((heads, lr), []).append(p)
+        return [{"params": p, "heads": heads, "lr": lr, "peak_lr": lr} for (heads, lr), p in found.items()]
 
     def step(self, i: int, ids: Tensor) -> Tensor:
         """Train on ids [B, T + 1]; the loss."""

@@ -1,5 +1,6 @@
 """The recovery study's code path on a model of two layers: calibration, alignment, distillation, rows."""
 
+import gzip
 import json
 import re
 from itertools import pairwise
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from brumby.benchmarks import alignment, recovery, recovery_bases, recovery_sample
@@ -197,6 +199,46 @@ def test_a_share_of_the_rows_is_the_bases_own(tiny_model: Path, tmp_path: Path, 
         assert torch.equal(ids, torch.stack(expected))
 
 
+def test_what_recipes_begin_with_alike_is_done_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    softmax = Stage(tokens=256, kl=0.0, ce=1.0, softmax=True, sequences=4, lr=1e-2)
+    align = Stage(tokens=256, align=True, sequences=4)
+    ends = [Stage(tokens=256, sequences=4, lr=lr) for lr in (1e-3, 1e-2)]
+    one, other = (recovery.Recipe(f"{end.lr}", [softmax, align, end], Calibration()) for end in ends)
+    alone, after = [], []
+    small_run(tiny_model, tmp_path).recover(other, 0, alone.append)
+    run, steps = small_run(tiny_model, tmp_path), []
+    step = Steps.step
+    monkeypatch.setattr(Steps, "step", lambda self, i, ids: (steps.append(self.stage), step(self, i, ids))[1])
+    run.recover(one, 0, lambda row: None)
+    steps.clear()
+    run.recover(other, 0, after.append)
+    assert steps == [ends[1]] * 2
+    same = ("tokens", "excess_nats", "train_loss", "final")
+    assert [[row[name] for name in same] for row in after] == [[row[name] for name in same] for row in alone]
+    steps.clear()
+    run.recover(one, 1, lambda row: None)
+    assert len(steps) == 6
+
+
+def test_noise_replaces_a_share_of_the_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    run = small_run(tiny_model, tmp_path)
+    run.train_ids = torch.full_like(run.train_ids, 300)
+    ids = torch.arange(250).repeat(40, 1)
+    noisy = run.noisy(ids, 0.1, torch.Generator().manual_seed(0))
+    assert set(noisy[noisy != ids].tolist()) == {300}
+    assert (noisy != ids).float().mean().item() == pytest.approx(0.1, abs=0.015)  # 5 sigma
+
+
+def test_mixers_have_a_rate_of_their_own_with_muon_too(tiny_model: Path, tmp_path: Path) -> None:
+    run = small_run(tiny_model, tmp_path)
+    names = {id(p): name for name, p in run.student.named_parameters()}
+    muon = Steps(run, Stage(tokens=256, optimizer="muon", lr=1e-3, mixer_lr=2e-3)).optimizers[1]
+    for group in muon.param_groups:
+        mixers = [".self_attn." in names[id(p)] for p in group["params"]]
+        assert set(mixers) == {group["lr"] == 2e-3}
+    assert sorted(group["peak_lr"] for group in muon.param_groups) == [1e-3, 2e-3]
+
+
 def test_the_excess_in_domain_is_on_rows_that_come_last(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(recovery, "EVALUATED", 4)
     run, found = small_run(tiny_model, tmp_path), []
@@ -213,7 +255,7 @@ def test_the_excess_in_domain_is_on_rows_that_come_last(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
     _, teacher = pair(qk_norm)
-    sampler = recovery_sample.Sampler(teacher.eval(), B=3, T=20, first=5)
+    sampler = recovery_sample.Sampler(teacher.eval(), B=3, T=20, first=5, min_p=0.1)
     rows = sampler.write().clone()
     assert (rows[:, 0] == 5).all()
     expected = teacher(rows[:, :-1], use_cache=False).logits
@@ -222,10 +264,32 @@ def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
         torch.testing.assert_close(sampler.logits(20), expected[:, i])
         sampler.position += 1
     num_rows = 20_000
-    sampler = recovery_sample.Sampler(teacher, B=num_rows, T=1, first=5)
+    sampler = recovery_sample.Sampler(teacher, B=num_rows, T=1, first=5, min_p=0.1)
     found = torch.bincount(sampler.write()[:, 1], minlength=97)
     p = expected[0, 0].softmax(-1)
-    assert ((found - num_rows * p) / (num_rows * p * (1 - p)).sqrt()).square().sum() < 170  # chi square, 5 sigma
+    likely = p >= 0.1 * p.max()
+    assert 10 < likely.sum() < 90
+    assert not found[~likely].any()
+    found, p = found[likely], p[likely] / p[likely].sum()
+    difference = ((found - num_rows * p) / (num_rows * p * (1 - p)).sqrt()).square().sum()
+    assert difference < len(p) + 5 * (2 * len(p)) ** 0.5  # chi square
+
+
+def test_what_the_base_writes_is_kept_as_tokens_and_as_text(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sampled.npy"
+    words = ["--base", tiny_model, "--tokens", 100, "--rows", 3, "--sequence-length", 16, "--first", 7]
+    words += ["--out", out]
+    recovery_sample.main([str(word) for word in words])
+    ids = np.load(out)
+    assert ids.dtype == np.uint16
+    rows = ids.reshape(-1, 17)
+    assert len(rows) == 6
+    assert (rows[:, 0] == 7).all()
+    assert len({tuple(row) for row in rows.tolist()}) == 6
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    with gzip.open(tmp_path / "sampled.jsonl.gz", "rt") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    assert texts == [tokenizer.decode(row[1:].tolist(), skip_special_tokens=False) for row in rows]
 
 
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path) -> None:
