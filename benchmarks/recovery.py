@@ -104,6 +104,7 @@ class Run:
     def __init__(
         self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int,
         tasks: dict[str, Task] | None = None, sampled: Path | None = None,
+        base_accuracy: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.T = T
         self.device = torch.device(device)
@@ -141,7 +142,7 @@ class Run:
             }
         self.tasks = tasks or {}
         self.base_loss = self.evaluate(self.teacher)
-        self.base_accuracy = self.answer(self.teacher)
+        self.base_accuracy = base_accuracy or self.answer(self.teacher)
 
     def load(self, base: Path, **options: Any) -> Model:
         model: nn.Module = BrumbyForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
@@ -368,6 +369,11 @@ class Results:
         mine = (recipe.name, self.model, seed)
         return any(r["final"] and (r["recipe"], r["model"], r["seed"]) == mine for r in self.rows)
 
+    @property
+    def base_accuracy(self) -> dict[str, float] | None:
+        mine = (row for row in self.rows if (row["recipe"], row["model"]) == ("base", self.model))
+        return next((row["accuracy"] for row in mine), None)
+
     def add(self, recipe: Recipe, seed: int, row: dict[str, Any]) -> None:
         row = {"recipe": recipe.name, "model": self.model, "seed": seed, **row}
         print(json.dumps(row), flush=True)
@@ -468,13 +474,12 @@ def main(argv: list[str] | None = None) -> None:
     results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
     run = Run(
         args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
-        args.sequence_length, load_tasks(args.tasks) if args.tasks else None, args.sampled,
+        args.sequence_length, load_tasks(args.tasks) if args.tasks else None, args.sampled, results.base_accuracy,
     )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
-    base = Recipe("base", [], Calibration())
-    if run.tasks and not results.has(base, args.seeds[0]):
+    if run.tasks and not results.base_accuracy:
         row = {"tokens": 0, "excess_nats": 0.0, "base_loss": round(run.base_loss["all"], 4), "final": True}
-        results.add(base, args.seeds[0], row | run.accuracy_row(run.base_accuracy))
+        results.add(Recipe("base", [], Calibration()), args.seeds[0], row | run.accuracy_row(run.base_accuracy))
     rate = math.inf  # tokens a second, the slowest so far
     for seed, recipe in product(args.seeds, recipes):
         if results.has(recipe, seed):
