@@ -57,6 +57,7 @@ class Stage:
     by_head: bool = False  # Muon takes the part of each head in q, k, v and o for a matrix of its own
     row_beta: float = 0.0  # Muon's rows are divided by the root of their mean square; 0: they are not
     sampled: float = 0.0  # share of the sequences that the base wrote itself
+    reach: float = 1.0  # how far it goes from its first weights to its last (WiSE-FT, arXiv 2109.01903)
     noise: float = 0.0  # share of the tokens that are replaced by any of the text, in stages without cross-entropy
     pieces: int = 1  # in how many steps the tokens of a sequence are taken, each without the ones before
     fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
@@ -214,6 +215,7 @@ class Steps:
         if stage.metric:
             self.metrics = [(v * (1 + stage.metric * values).sqrt()) @ v.T for values, v in run.metrics]
         self.optimizers = self.make_optimizers()
+        self.first = run.copy_of_student() if stage.reach != 1.0 else {}
         for layer in run.student.model.layers if stage.fade else ():
             layer.self_attn.__class__ = FadingAttention
             layer.self_attn.fade = torch.ones((), device=run.device)
@@ -285,6 +287,9 @@ class Steps:
             optimizer.step()
         if not captured:
             self.forget_gradients()
+        if self.first and i + 1 == self.num_steps:
+            last = run.student.state_dict()
+            run.student.load_state_dict({name: p.lerp(last[name], stage.reach) for name, p in self.first.items()})
         return loss
 
     def gradients(self, ids: Tensor) -> Tensor:

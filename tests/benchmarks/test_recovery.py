@@ -229,6 +229,18 @@ def test_noise_replaces_a_share_of_the_tokens(tiny_model: Path, tmp_path: Path) 
     assert (noisy != ids).float().mean().item() == pytest.approx(0.1, abs=0.015)  # 5 sigma
 
 
+def test_a_stage_goes_a_part_of_its_way(tiny_model: Path, tmp_path: Path) -> None:
+    run, ends = small_run(tiny_model, tmp_path), {}
+    for reach in (0.0, 0.75, 1.0):
+        stage = Stage(tokens=256, kl=0.0, ce=1.0, softmax=True, sequences=4, lr=1e-2, reach=reach)
+        run.recover(recovery.Recipe("part", [stage], Calibration()), 0, lambda row: None)
+        ends[reach] = run.copy_of_student()
+    for name, p in run.start.items():
+        torch.testing.assert_close(ends[0.0][name], p)
+        torch.testing.assert_close(ends[0.75][name], p + 0.75 * (ends[1.0][name] - p))
+    assert any(not torch.allclose(ends[1.0][name], p, atol=1e-3) for name, p in run.start.items())
+
+
 def test_mixers_have_a_rate_of_their_own_with_muon_too(tiny_model: Path, tmp_path: Path) -> None:
     run = small_run(tiny_model, tmp_path)
     names = {id(p): name for name, p in run.student.named_parameters()}
