@@ -46,7 +46,7 @@ def supervise(
     host_failed = threading.Event()
     failed = lambda: host_failed.is_set() or stalled()  # noqa: E731
     interrupted = False
-    with log.open("a") as copy, LiveLog() as terminal, _signals_interrupt():
+    with LiveLog() as terminal, _signals_interrupt():
         process = subprocess.Popen(
             argv,
             env=env,
@@ -57,7 +57,7 @@ def supervise(
             errors="replace",
             start_new_session=True,
         )
-        tee = threading.Thread(target=_tee, args=(process.stdout, copy, terminal, host_failed), daemon=True)
+        tee = threading.Thread(target=_tee, args=(process.stdout, log, terminal, host_failed), daemon=True)
         tee.start()
         try:
             try:
@@ -95,11 +95,11 @@ def _wait(
         time.sleep(0.2)
 
 
-def _tee(lines: IO[str], copy: IO[str], terminal: LiveLog, host_failed: threading.Event) -> None:
+def _tee(lines: IO[str], log: Path, terminal: LiveLog, host_failed: threading.Event) -> None:
     for line in lines:
-        with contextlib.suppress(OSError):  # a full disk: the pipe must be read all the same
+        # On a full disk the pipe must be read all the same. Closing fails there too: it writes what is left.
+        with contextlib.suppress(OSError), log.open("a") as copy:
             copy.write(line)
-            copy.flush()
         terminal.write(line)
         if FAILED_HOST.match(line):
             host_failed.set()

@@ -15,6 +15,7 @@ from brumby.launch.cluster import LaunchConfig, launch
 from brumby.launch.commands import PASSED_ON, command
 from brumby.launch.examine import Finding, examine
 from brumby.launch.hosts import expand_nodelist, parse_hostfile
+from brumby.launch.supervise import supervise
 from tests.launch.conftest import wait_for
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -410,3 +411,10 @@ class TestLaunch:
         assert f"node-2 does not see {run_dir / 'config.yaml'}" in str(error.value)
         assert not (run_dir / "started").exists()
         assert not (run_dir / "logs").exists()
+
+
+def test_a_launch_outlives_a_full_disk(capfd):
+    argv = [sys.executable, "-c", "for i in range(100): print('line', i)"]
+    no = lambda *_: False  # noqa: E731
+    assert supervise(argv, dict(os.environ), Path("/dev/full"), no, no, no, grace=1.0) == 0
+    assert capfd.readouterr().out.splitlines() == [f"line {i}" for i in range(100)]
