@@ -278,8 +278,9 @@ class Run:
                 self.have_for_teacher(self.copy_of_student(), (seed, recipe.stages[:n]))
                 prepare()
             key = seed, recipe.calibration, recipe.power, recipe.stages[: n + 1]
-            if not final and [key] == [begun[0] for begun in self.begun[n : n + 1]] and not recipe.evaluate_at:
-                _, state, stage_seconds, loss = self.begun[n]
+            known = next((begun for begun in self.begun if begun[0] == key), None)
+            if known and not final and not recipe.evaluate_at:
+                _, state, stage_seconds, loss = known
                 student.load_state_dict(state)
                 num_sequences = max(1, stage.tokens // (stage.sequences * self.T)) * stage.sequences
                 for _ in range(num_sequences):
@@ -369,10 +370,10 @@ class Results:
         mine = (recipe.name, self.model, seed)
         return any(r["final"] and (r["recipe"], r["model"], r["seed"]) == mine for r in self.rows)
 
-    @property
-    def base_accuracy(self) -> dict[str, float] | None:
-        mine = (row for row in self.rows if (row["recipe"], row["model"]) == ("base", self.model))
-        return next((row["accuracy"] for row in mine), None)
+    def base_accuracy(self, tasks: dict[str, Task]) -> dict[str, float]:
+        """The base's by task, where a run before has found it for these tasks; else nothing."""
+        mine = (row["accuracy"] for row in self.rows if (row["recipe"], row["model"]) == ("base", self.model))
+        return next((accuracy for accuracy in mine if accuracy.keys() == tasks.keys()), {})
 
     def add(self, recipe: Recipe, seed: int, row: dict[str, Any]) -> None:
         row = {"recipe": recipe.name, "model": self.model, "seed": seed, **row}
@@ -472,12 +473,14 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--sampled is missing, which {', '.join(needy)} needs")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     results = Results((args.out or HERE / "results" / slug(name)) / "recovery.json", args.model, name)
+    tasks = load_tasks(args.tasks) if args.tasks else {}
+    known = results.base_accuracy(tasks)
     run = Run(
         args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
-        args.sequence_length, load_tasks(args.tasks) if args.tasks else None, args.sampled, results.base_accuracy,
+        args.sequence_length, tasks, args.sampled, known,
     )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
-    if run.tasks and not results.base_accuracy:
+    if tasks and not known:
         row = {"tokens": 0, "excess_nats": 0.0, "base_loss": round(run.base_loss["all"], 4), "final": True}
         results.add(Recipe("base", [], Calibration()), args.seeds[0], row | run.accuracy_row(run.base_accuracy))
     rate = math.inf  # tokens a second, the slowest so far

@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--min-p", type=float, default=0.002, help="makes SmolLM2 as sure of it as of real text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if not 0 < args.min_p <= 1:
+        parser.error(f"--min-p is {args.min_p}; expected a share above 0, of 1 at most")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: nn.Module = BrumbyForCausalLM.from_pretrained(args.base, dtype=dtype, use_exp=True)

@@ -229,6 +229,19 @@ def test_noise_replaces_a_share_of_the_tokens(tiny_model: Path, tmp_path: Path) 
     assert (noisy != ids).float().mean().item() == pytest.approx(0.1, abs=0.015)  # 5 sigma
 
 
+def test_a_stage_sees_its_noise(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    run, seen = small_run(tiny_model, tmp_path), []
+    step = Steps.step
+    monkeypatch.setattr(Steps, "step", lambda self, i, ids: (seen.append(ids.clone()), step(self, i, ids))[1])
+    stage = Stage(tokens=32 * 16, sequences=4, noise=0.5)
+    run.recover(recovery.Recipe("noise", [stage], Calibration()), 0, lambda row: None)
+    rows = run.batches(0, run.train_ids)
+    clean = torch.stack([next(rows) for _ in range(16)])
+    assert (torch.cat(seen) != clean).float().mean().item() == pytest.approx(0.5, abs=0.11)  # 5 sigma
+    with pytest.raises(ValueError, match="no labels"):
+        Stage(tokens=32, noise=0.5, ce=1.0)
+
+
 def test_a_stage_goes_a_part_of_its_way(tiny_model: Path, tmp_path: Path) -> None:
     run, ends = small_run(tiny_model, tmp_path), {}
     for reach in (0.0, 0.75, 1.0):
@@ -291,6 +304,10 @@ def test_what_the_base_writes_is_kept_as_tokens_and_as_text(tiny_model: Path, tm
     out = tmp_path / "sampled.npy"
     words = ["--base", tiny_model, "--tokens", 100, "--rows", 3, "--sequence-length", 16, "--first", 7]
     words += ["--out", out]
+    with pytest.raises(SystemExit) as refused:
+        recovery_sample.main([str(word) for word in (*words, "--min-p", 0)])
+    assert refused.value.code == 2
+    assert not list(tmp_path.iterdir())
     recovery_sample.main([str(word) for word in words])
     ids = np.load(out)
     assert ids.dtype == np.uint16
@@ -359,6 +376,9 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None
     control = [row for row in found["rows"] if row["recipe"] == "softmax" and not row["tokens"]]
     assert all(row["excess_nats"] == 0 for row in control)
 
+    results = recovery.Results(tmp_path / "recovery.json", recovery.MODEL, "cpu")
+    assert results.base_accuracy({"piqa": two}) == bases[0]["accuracy"]
+    assert results.base_accuracy({"piqa": two, "lambada": two}) == {}
     monkeypatch.delattr(recovery.Run, "answer")  # the base's answers are known, too
     recovery.main([str(word) for word in words])
     assert (tmp_path / "recovery.json").read_text() == content
