@@ -10,9 +10,11 @@ and with softmax the teacher. Recipes are entries of `benchmarks/recovery.yaml`.
 in the same order. The excess is the student's loss minus the softmax base's on text from none of the training
 sources, and in domain that on text of the training sources, the last that a recipe would see. Rows of `recipe`,
 `model`, `seed`, `tokens`, `excess_nats`, `excess_in_domain`, `base_loss`, `gpu_seconds` and `compile_seconds` go
-to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is not run again. With
-tasks the last row of each recipe has `accuracy` by task and `accuracy_above_chance`, the mean share of the base's
-above chance that is left; the row of recipe `base` is the softmax base's. `gpu_seconds` are those of calibration
+to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is not run again. The
+last row of each recipe has the excess by eighth of the sequence, of the first token to the last, and that of
+`repeats`: tokens that follow in it what they followed there before, which attention looks up (arXiv 2312.04927).
+With tasks it has `accuracy` by task and `accuracy_above_chance`, the mean share of the base's above chance that is
+left; the row of recipe `base` is the softmax base's. `gpu_seconds` are those of calibration
 and steps; what has to be compiled for them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
@@ -34,6 +36,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
@@ -98,6 +101,19 @@ def rows_of(ids: Tensor, T: int) -> Tensor:
     return ids[: num_rows * (T + 1)].view(num_rows, T + 1)
 
 
+def means(values: dict[str, Tensor]) -> dict[str, float]:
+    """By source, and the sources' as `all`."""
+    found = {name: one.mean().item() for name, one in values.items()}
+    return found | {"all": sum(found.values()) / len(found)}
+
+
+def repeats(rows: Tensor) -> Tensor:
+    """Whether each next token of rows [., T + 1] follows a token that it followed there before, [., T]."""
+    pairs, order = (rows[:, :-1].long() << 32 | rows[:, 1:].long()).sort(dim=1, stable=True)
+    same = F.pad(pairs[:, 1:] == pairs[:, :-1], (1, 0))
+    return same.scatter(1, order, same)
+
+
 class Run:
     """Teacher, student and data on one device; recipes run one after another."""
 
@@ -141,7 +157,9 @@ class Run:
                 for name, ids in sources.items()
             }
         self.tasks = tasks or {}
-        self.base_loss = self.evaluate(self.teacher)
+        self.repeats = {name: repeats(rows) for name, rows in self.held_out.items()}
+        self.base_losses = self.held_out_losses(self.teacher)
+        self.base_loss = means(self.base_losses)
         self.base_accuracy = base_accuracy or self.answer(self.teacher)
 
     def load(self, base: Path, **options: Any) -> Model:
@@ -179,15 +197,24 @@ class Run:
         losses, hits = (torch.cat(values).view(len(ids), -1) for values in zip(*parts, strict=True))
         return losses, hits
 
-    def evaluate(self, model: Model) -> dict[str, float]:
-        """Mean nats a token by held-out source, and their mean as `all`."""
-        losses = {name: self.loss(model, rows) for name, rows in self.held_out.items()}
-        return losses | {"all": sum(losses.values()) / len(losses)}
+    def losses(self, model: Model, rows: Tensor) -> Tensor:
+        """Nats of each next token of rows [., T + 1], [., T]."""
+        return torch.cat([self.token_losses(model, part)[0] for part in rows.split(EVALUATED)])
 
-    def loss(self, model: Model, rows: Tensor) -> float:
-        """Mean nats a token of rows [., T + 1]."""
-        parts = [self.token_losses(model, part)[0] for part in rows.split(EVALUATED)]
-        return torch.cat(parts).mean().item()
+    def held_out_losses(self, model: Model) -> dict[str, Tensor]:
+        """`losses` by source."""
+        return {name: self.losses(model, rows) for name, rows in self.held_out.items()}
+
+    def where(self, excess: dict[str, Tensor]) -> dict[str, Any]:
+        """Where in its text the excess of each token [., T] is, by held-out source, on average over the sources."""
+        eighths = [torch.stack([part.mean() for part in one.chunk(8, 1)]) for one in excess.values()]
+        repeated = {name: one[self.repeats[name]] for name, one in excess.items()}
+        others = {name: one[~self.repeats[name]] for name, one in excess.items()}
+        return {
+            "excess_by_eighth": [round(value, 4) for value in torch.stack(eighths).mean(0).tolist()],
+            "excess_of_repeats": round(means(repeated)["all"], 4),
+            "excess_of_others": round(means(others)["all"], 4),
+        }
 
     def answer(self, model: Model) -> dict[str, float]:
         """Accuracy by task."""
@@ -232,7 +259,7 @@ class Run:
         student.config.use_exp = bool(recipe.stages) and recipe.stages[0].softmax
         rows, written = (self.batches(seed, ids) for ids in (self.train_ids, self.sampled_ids))
         unseen = self.shuffled(self.train_ids, torch.Generator().manual_seed(seed))[-EVALUATED:].long()
-        base_loss = self.loss(self.teacher, unseen)
+        base_loss = self.losses(self.teacher, unseen).mean().item()
         owed, seen, seconds, compiling = 0.0, 0, 0.0, 0.0
 
         def take(stage: Stage) -> Tensor:
@@ -261,13 +288,15 @@ class Run:
             prepare()
 
         def measure(loss: float | None, final: bool) -> None:
-            losses = self.evaluate(student)
-            excess = {name: round(losses[name] - self.base_loss[name], 4) for name in losses}
+            by_token = {name: one - self.base_losses[name] for name, one in self.held_out_losses(student).items()}
+            excess = {name: round(value, 4) for name, value in means(by_token).items()}
+            in_domain = self.losses(student, unseen).mean().item() - base_loss
             record({
                 "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
-                "excess_in_domain": round(self.loss(student, unseen) - base_loss, 4),
+                "excess_in_domain": round(in_domain, 4),
                 "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
                 "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
+                **(self.where(by_token) if final else {}),
                 **self.accuracy_row(self.answer(student) if final else {}),
             })  # fmt: skip
 

@@ -23,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from brumby.benchmarks.recovery import Model, Run
+from brumby.benchmarks.recovery import Model, Run, means
 from brumby.benchmarks.recovery_steps import Stage, Steps
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
@@ -84,7 +84,7 @@ def learn_norms(run: Run, num_tokens: int) -> Model:
     run.student = with_norms(run, run.train_ids[-8:, :-1].long())
 
     def excess() -> float:
-        return run.evaluate(run.student)["all"] - run.base_loss["all"]
+        return means(run.held_out_losses(run.student))["all"] - run.base_loss["all"]
 
     print(f"norms, untrained: {excess():.4f} nats above the base", flush=True)
     stage = Stage(num_tokens, softmax=True, lr=5e-4, sequences=4)

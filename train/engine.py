@@ -105,8 +105,7 @@ def load_model(config: RunConfig, world_size: int, use_exp: bool, train: bool) -
     model = BrumbyForCausalLM.from_pretrained(config.model, dtype=dtype, use_exp=use_exp)
     del partitioned  # transformers consults it, through a weak reference, while it loads
     if config.zero_stage == 3:
-        # Gather an MLP's matrices together. Not a mixer's: aligned, it is found released in its backward.
-        set_z3_leaf_modules(model, [Qwen3MLP])
+        set_z3_leaf_modules(model, [BrumbyAttention, Qwen3MLP])  # whose parameters are gathered together
     if torch.cuda.is_available():
         use_liger(model)
     return model

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -105,7 +106,10 @@ def mixer_error(mixer: nn.Module, attention: Attention, valid: Tensor) -> Tensor
         mixer: Called with what the base's attention read.
         valid: Whether a token counts, [N].
     """
-    y = mixer(attention.x, **attention.rest)
+    x = attention.x
+    if z3_leaf_module(mixer):  # DeepSpeed reduces its gradients once its input has one, and needs it to have one
+        x = x.detach().requires_grad_()
+    y = mixer(x, **attention.rest)
     error = (y.float() - attention.y.float()).square().sum(-1).flatten() * valid  # [N]
     power = attention.y.float().square().sum(-1).flatten() * valid  # [N]
     return error.sum() * valid.sum() / power.sum().clamp(min=torch.finfo(torch.float32).tiny)

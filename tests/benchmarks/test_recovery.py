@@ -277,6 +277,25 @@ def test_the_excess_in_domain_is_on_rows_that_come_last(tiny_model: Path, tmp_pa
     assert found[0]["excess_in_domain"] != found[-1]["excess_in_domain"]
 
 
+def test_a_repeat_follows_what_it_followed_before() -> None:
+    rows = torch.randint(4, (3, 40))
+    expected = [[(a, b) in list(pairwise(row[: i + 1])) for i, (a, b) in enumerate(pairwise(row))]
+                for row in rows.tolist()]  # fmt: skip
+    assert recovery.repeats(rows).tolist() == expected
+
+
+def test_the_excess_is_told_by_where_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    run = small_run(tiny_model, tmp_path)
+    rows = torch.arange(2 * 33).view(2, 33)
+    rows[1, 20:22] = rows[1, 4:6]
+    run.repeats = {"one": recovery.repeats(rows), "two": recovery.repeats(rows.flip(0))}
+    excess = torch.arange(32.0).expand(2, 32)
+    found = run.where({"one": excess, "two": 1 + excess})
+    assert found["excess_by_eighth"] == [0.5 + 4 * i + 1.5 for i in range(8)]
+    assert found["excess_of_repeats"] == 20.5
+    assert found["excess_of_others"] == pytest.approx((64 * 16.0 - 20.5) / 63, abs=1e-4)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
     _, teacher = pair(qk_norm)
@@ -464,7 +483,7 @@ def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     assert model.config.qk_norm
     assert all((layer.self_attn.q_norm.weight != 1).any() for layer in model.model.layers)
     run = recovery.Run(tmp_path / "norms", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
-    excess = run.base_loss["all"] - run.evaluate(teacher)["all"]
+    excess = run.base_loss["all"] - recovery.means(run.held_out_losses(teacher))["all"]
     assert excess == pytest.approx(after, abs=1e-3)
 
 
