@@ -206,7 +206,7 @@ class Run:
         return {name: self.losses(model, rows) for name, rows in self.held_out.items()}
 
     def where(self, excess: dict[str, Tensor]) -> dict[str, Any]:
-        """Where in its text the excess of each token [., T] is, by held-out source, on average over the sources."""
+        """Where the excess of each token [., T] is, by held-out source; on average over the sources."""
         eighths = [torch.stack([part.mean() for part in one.chunk(8, 1)]) for one in excess.values()]
         repeated = {name: one[self.repeats[name]] for name, one in excess.items()}
         others = {name: one[~self.repeats[name]] for name, one in excess.items()}
@@ -238,12 +238,6 @@ class Run:
 
     def shuffled(self, ids: Tensor, generator: torch.Generator) -> Tensor:
         return ids[torch.randperm(len(ids), generator=generator).to(self.device)]
-
-    def noisy(self, ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
-        """`ids` with a share of them replaced by others of the training text."""
-        text = self.train_ids.flatten()
-        others = text[torch.randint(len(text), ids.shape, generator=generator, device=self.device)].long()
-        return torch.where(torch.rand(ids.shape, generator=generator, device=self.device) < share, others, ids)
 
     # ------------------------------------------------------------------------------------------------
     # Training
@@ -320,7 +314,6 @@ class Run:
             if stage.metric:
                 seconds += self.measure_metrics()
             before, steps = seconds, Steps(self, stage)
-            noise = torch.Generator(self.device).manual_seed(seed)
             length = self.T // stage.pieces
             compiling += self.timed(steps.warm_up, self.train_ids[: stage.sequences, : length + 1].long())
             for i in range(steps.num_steps):
@@ -328,8 +321,6 @@ class Run:
                 first = i % stage.pieces * length
                 if not first:
                     ids = torch.stack([take(stage) for _ in range(stage.sequences)]).long()
-                    if stage.noise:
-                        ids = self.noisy(ids, stage.noise, noise)
                 found = steps.step(i, ids[:, first : first + length + 1])
                 seen += stage.sequences * length
                 last = i + 1 == steps.num_steps

@@ -58,15 +58,10 @@ class Stage:
     row_beta: float = 0.0  # Muon's rows are divided by the root of their mean square; 0: they are not
     sampled: float = 0.0  # share of the sequences that the base wrote itself
     reach: float = 1.0  # how far it goes from its first weights to its last (WiSE-FT, arXiv 2109.01903)
-    noise: float = 0.0  # share of the tokens that are replaced by any of the text, in stages without cross-entropy
     pieces: int = 1  # in how many steps the tokens of a sequence are taken, each without the ones before
     fade: float = 0.0  # share of the stage in which the outputs change from softmax to power retention
     fade_by_layer: bool = False  # one layer after the other instead of all at once
     softmax: bool = False  # train the softmax base: the control, or, if others follow, their student and teacher
-
-    def __post_init__(self) -> None:
-        if self.noise and self.ce:
-            raise ValueError("a stage with noise has no labels for cross-entropy")
 
 
 class FadingAttention(BrumbyAttention):

@@ -220,28 +220,6 @@ def test_what_recipes_begin_with_alike_is_done_once(tiny_model: Path, tmp_path: 
     assert len(steps) == 6
 
 
-def test_noise_replaces_a_share_of_the_tokens(tiny_model: Path, tmp_path: Path) -> None:
-    run = small_run(tiny_model, tmp_path)
-    run.train_ids = torch.full_like(run.train_ids, 300)
-    ids = torch.arange(250).repeat(40, 1)
-    noisy = run.noisy(ids, 0.1, torch.Generator().manual_seed(0))
-    assert set(noisy[noisy != ids].tolist()) == {300}
-    assert (noisy != ids).float().mean().item() == pytest.approx(0.1, abs=0.015)  # 5 sigma
-
-
-def test_a_stage_sees_its_noise(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
-    run, seen = small_run(tiny_model, tmp_path), []
-    step = Steps.step
-    monkeypatch.setattr(Steps, "step", lambda self, i, ids: (seen.append(ids.clone()), step(self, i, ids))[1])
-    stage = Stage(tokens=32 * 16, sequences=4, noise=0.5)
-    run.recover(recovery.Recipe("noise", [stage], Calibration()), 0, lambda row: None)
-    rows = run.batches(0, run.train_ids)
-    clean = torch.stack([next(rows) for _ in range(16)])
-    assert (torch.cat(seen) != clean).float().mean().item() == pytest.approx(0.5, abs=0.11)  # 5 sigma
-    with pytest.raises(ValueError, match="no labels"):
-        Stage(tokens=32, noise=0.5, ce=1.0)
-
-
 def test_a_stage_goes_a_part_of_its_way(tiny_model: Path, tmp_path: Path) -> None:
     run, ends = small_run(tiny_model, tmp_path), {}
     for reach in (0.0, 0.75, 1.0):
