@@ -7,11 +7,11 @@ a micro-batch, with activation checkpointing. Each case is a run with ranks of i
 `multigpu.json` is written anew; in it the rows of cases that are not asked for stay.
 
 `one`: on one GPU; `zero1`, `zero2`, `zero3`: the same layers on all GPUs, and as many sequences for each;
-`zero3-max`: as many layers as fit; `zero1-kl`, `zero3-kl`: alignment, then the divergence from the base. A row
-has the speed of a few steps (`mfu` counts nothing that is recomputed), the largest of the GPUs' peaks of memory,
-and the shares of a step in which rank 0's GPU runs kernels of NCCL, waiting for the others included, with nothing
-beside them (`exposed`) or with other work (`overlapped`), and in which it runs nothing (`idle`). `scaling` is the
-speed of a GPU over that of `one` on the same day.
+`zero3-kept`: that without activation checkpointing; `zero3-max`: as many layers as fit; `zero1-kl`, `zero3-kl`:
+alignment, then the divergence from the base. A row has the speed of a few steps (`mfu` counts nothing that is
+recomputed), the largest of the GPUs' peaks of memory, and the shares of a step in which rank 0's GPU runs kernels
+of NCCL, waiting for the others included, with nothing beside them (`exposed`) or with other work (`overlapped`),
+and in which it runs nothing (`idle`). `scaling` is the speed of a GPU over that of `one` on the same day.
 
 `bandwidth` is the bus's, in an all-reduce of a gigabyte.
 
@@ -83,12 +83,14 @@ class Case:
         on_all: on all GPUs, or on one.
         deep: with `--max-layers`, not `--layers`.
         distils: in the stages of alignment and of divergence from the base, not with cross-entropy.
+        recomputes: with activation checkpointing.
     """
 
     zero_stage: int
     on_all: bool = True
     deep: bool = False
     distils: bool = False
+    recomputes: bool = True
 
 
 CASES = {
@@ -96,6 +98,7 @@ CASES = {
     "zero1": Case(1),
     "zero2": Case(2),
     "zero3": Case(3),
+    "zero3-kept": Case(3, recomputes=False),
     "zero3-max": Case(3, deep=True),
     "zero1-kl": Case(1, distils=True),
     "zero3-kl": Case(3, distils=True),
@@ -162,7 +165,6 @@ class Bench:
             runs_dir=str(self.folder / "runs"),
             model=str(model),
             data=data,
-            activation_checkpointing=True,
             step_timeout=CASE_SECONDS,
             measure_every=10**9,
             wandb=WandbConfig(mode="disabled"),
@@ -184,7 +186,8 @@ class Bench:
             }
         steps = len(stages) * STAGE_STEPS + 1  # the last one of a run measures more
         model, data = self.model(layers, vocab_size), self.data(vocab_size, steps, sequences)
-        run_dir = self.run(name, model, data, zero_stage=case.zero_stage, stages=stages)
+        options = {"zero_stage": case.zero_stage, "activation_checkpointing": case.recomputes}
+        run_dir = self.run(name, model, data, stages=stages, **options)
         torchrun(gpus, "brumby.benchmarks.multigpu_rank", run_dir)
         head = {"case": name, "zero_stage": case.zero_stage, "gpus": gpus, "layers": layers}
         head |= {"accumulation": self.accumulation}
@@ -198,7 +201,8 @@ class Bench:
         sequences = self.gpus * self.accumulation
         model = self.model(1, RESTART_VOCABULARY)
         data = self.data(RESTART_VOCABULARY, RESTART_STEPS, sequences)
-        return self.run(name, model, data, zero_stage=3, checkpoint_every=CHECKPOINT_EVERY, keep_checkpoints=1)
+        options = {"zero_stage": 3, "activation_checkpointing": True}
+        return self.run(name, model, data, **options, checkpoint_every=CHECKPOINT_EVERY, keep_checkpoints=1)
 
     @cached_property
     def undisturbed(self) -> list[dict]:

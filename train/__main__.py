@@ -71,6 +71,7 @@ def quieten() -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`")  # its new name is newer than 5.17
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
