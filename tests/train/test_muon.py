@@ -1,5 +1,6 @@
 """Muon beside AdamW in real runs: its updates, what it leaves alone, and its state through interruptions."""
 
+import importlib
 import math
 import shutil
 from collections import defaultdict
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime import compiler
 from torch import Tensor
 
 from brumby.convert.pieces import PiecesReader
 from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
-from brumby.train.muon import adamw_norm
+from brumby.train.muon import adamw_norm, spare_the_cpu
 from brumby.train.status import completed, step_of
 from brumby.train.tracking import read_metrics
 from tests.conftest import MUON, stage, train
@@ -134,3 +136,23 @@ def test_alignment_changes_the_mixers_alone_and_resumes(make_run, trained):
     assert rows[4]["objective"] < 0.9 * rows[0]["objective"]
     take_up(again := make_run(**ALIGNED), whole, step=4, num_ranks=2)
     assert_same(again, whole, from_step=4)
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_newton_schulz_spares_a_cpu(has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compile", lambda: compiler.dummy_decorator)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    original = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    for name in ("zeropower_via_newtonschulz5", "ns_compute_dtype"):
+        monkeypatch.setattr(original, name, getattr(original, name))
+    torch.manual_seed(0)
+    G, calls = torch.randn(24, 48), []
+    expected = original.zeropower_via_newtonschulz5(G, 5).float()
+    plain = original.zeropower_via_newtonschulz5
+    original.zeropower_via_newtonschulz5 = lambda G, steps: (calls.append(steps), plain(G, steps))[1]
+    spare_the_cpu(original)
+    found = original.zeropower_via_newtonschulz5(G, 5)
+    assert found.dtype == dtype
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert not original.zeropower_via_newtonschulz5(torch.zeros(24, 48), 5).any()
+    assert calls == [5]
