@@ -186,8 +186,14 @@ class Bench:
             }
         steps = len(stages) * STAGE_STEPS + 1  # the last one of a run measures more
         model, data = self.model(layers, vocab_size), self.data(vocab_size, steps, sequences)
-        options = {"zero_stage": case.zero_stage, "activation_checkpointing": case.recomputes}
-        run_dir = self.run(name, model, data, stages=stages, **options)
+        run_dir = self.run(
+            name,
+            model,
+            data,
+            zero_stage=case.zero_stage,
+            activation_checkpointing=case.recomputes,
+            stages=stages,
+        )
         torchrun(gpus, "brumby.benchmarks.multigpu_rank", run_dir)
         head = {"case": name, "zero_stage": case.zero_stage, "gpus": gpus, "layers": layers}
         head |= {"accumulation": self.accumulation}
@@ -201,8 +207,15 @@ class Bench:
         sequences = self.gpus * self.accumulation
         model = self.model(1, RESTART_VOCABULARY)
         data = self.data(RESTART_VOCABULARY, RESTART_STEPS, sequences)
-        options = {"zero_stage": 3, "activation_checkpointing": True}
-        return self.run(name, model, data, **options, checkpoint_every=CHECKPOINT_EVERY, keep_checkpoints=1)
+        return self.run(
+            name,
+            model,
+            data,
+            zero_stage=3,
+            activation_checkpointing=True,
+            checkpoint_every=CHECKPOINT_EVERY,
+            keep_checkpoints=1,
+        )
 
     @cached_property
     def undisturbed(self) -> list[dict]:

@@ -11,11 +11,11 @@ in the same order. The excess is the student's loss minus the softmax base's on 
 sources, and in domain that on text of the training sources, the last that a recipe would see. Rows of `recipe`,
 `model`, `seed`, `tokens`, `excess_nats`, `excess_in_domain`, `base_loss`, `gpu_seconds` and `compile_seconds` go
 to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is not run again. The
-last row of each recipe has the excess by eighth of the sequence, of the first token to the last, and that of
-`repeats`: tokens that follow in it what they followed there before, which attention looks up (arXiv 2312.04927).
-With tasks it has `accuracy` by task and `accuracy_above_chance`, the mean share of the base's above chance that is
-left; the row of recipe `base` is the softmax base's. `gpu_seconds` are those of calibration
-and steps; what has to be compiled for them is compiled before they are timed.
+last row of each recipe has `excess_by_eighth` of the sequence, `excess_of_repeats`, tokens that follow in it what
+they followed there before, which attention looks up (arXiv 2312.04927), and `excess_of_others`. With tasks it has
+`accuracy` by task and `accuracy_above_chance`, the mean share of the base's above chance that is left; the row of
+recipe `base` is the softmax base's. `gpu_seconds` are those of calibration and steps; what has to be compiled for
+them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
 """

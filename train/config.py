@@ -176,8 +176,7 @@ class RunConfig:
         precision: "bf16" (with float32 master weights, kept by DeepSpeed) or "fp32".
         micro_batch: Sequences a rank puts through the model at once.
         zero_stage: 0 to 3, see DeepSpeed's ZeRO.
-        activation_checkpointing: Recompute layers in the backward pass instead of keeping what they computed.
-        checkpointed_layers: With it, only the first so many; None: all.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping it.
         softmax: Train the base itself, with its attention: the control for a run, or, exported, a base that knows
             the text before retention learns from it. Gates, and norms that retention alone has, stay as they are.
         calibrate: Before the first step, set the gates from how far back the base's attention looks in that step's
@@ -203,7 +202,6 @@ class RunConfig:
     micro_batch: int = 1
     zero_stage: int = 2
     activation_checkpointing: bool = False
-    checkpointed_layers: int | None = None
     softmax: bool = False
     calibrate: bool = False
     checkpoint_every: int = 100
@@ -229,12 +227,6 @@ class RunConfig:
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every is {self.keep_every}; must be a multiple of checkpoint_every={self.checkpoint_every}"
-            )
-        layers = self.checkpointed_layers
-        if layers is not None and (layers < 1 or not self.activation_checkpointing):
-            raise ValueError(
-                f"checkpointed_layers is {layers}; it must be at least 1, and counts only with "
-                "activation_checkpointing=true"
             )
         if not self.step_timeout > 0:
             raise ValueError(f"step_timeout is {self.step_timeout} seconds; it must be above 0")

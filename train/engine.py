@@ -142,19 +142,12 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) 
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def recompute(model: BrumbyForCausalLM, num_layers: int | None) -> None:
-    """Have the first layers, or all, computed again in backward: what they keep would have to be kept longest."""
-    model.gradient_checkpointing_enable()
-    for layer in model.model.layers[num_layers:] if num_layers is not None else ():
-        layer.gradient_checkpointing = False
-
-
 def build_engine(config: RunConfig, device: torch.device) -> tuple[deepspeed.DeepSpeedEngine, Guard]:
     """The model under training, with its optimizer and ZeRO, and what keeps bad steps from it."""
     world_size = dist.get_world_size()
     model = load_model(config, world_size, use_exp=config.softmax, train=True)
     if config.activation_checkpointing:
-        recompute(model, config.checkpointed_layers)
+        model.gradient_checkpointing_enable()
     groups, fused = parameter_groups(model, config.optimizer), device.type == "cuda"
     adamw: dict[str, Any] = {"betas": tuple(config.optimizer.betas), "eps": config.optimizer.eps, "fused": fused}
     with_muon = config.optimizer.name == "muon"

@@ -253,6 +253,8 @@ def test_the_excess_in_domain_is_on_rows_that_come_last(tiny_model: Path, tmp_pa
     student, base = (F.cross_entropy(z, last[:, 1:].flatten()).item() for z in logits)
     assert found[-1]["excess_in_domain"] == pytest.approx(student - base, abs=1e-4)
     assert found[0]["excess_in_domain"] != found[-1]["excess_in_domain"]
+    assert np.mean(found[-1]["excess_by_eighth"]) == pytest.approx(found[-1]["excess_nats"], abs=1e-4)
+    assert "excess_by_eighth" not in found[0]
 
 
 def test_a_repeat_follows_what_it_followed_before() -> None:

@@ -139,7 +139,6 @@ def test_an_experiment_of_ones_own(tmp_path, capsys):
         (["train", "experiment=demo", "stages.align.tokens=2048"], "stages.align.schedule: warm-up"),
         (["train", "experiment=demo", "stages.retrain.tokens=9999"], "stages.retrain.tokens is 9,999"),
         (["train", "experiment=demo", "zero_stage=4"], "zero_stage is 4"),
-        (["train", "experiment=demo", "checkpointed_layers=1"], "counts only with activation_checkpointing=true"),
         (["train", "experiment=demo", "model=/nowhere"], "make one with `brumby convert"),
         (["train", "resume=/nowhere"], "is no run"),
         (["convert"], "brumby convert needs out=..., source=..."),

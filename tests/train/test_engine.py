@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
-from brumby.train.engine import recompute, use_liger
+from brumby.train.engine import use_liger
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -79,16 +79,3 @@ def test_layers_call_fused_kernels(softmax: bool, monkeypatch: pytest.MonkeyPatc
     assert sorted(calls) == ["norm"] * 9 + ["rope"] * 2 + ["swiglu"] * 2
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-5 * value.norm(), name  # the plain norms are in float32
-
-
-@pytest.mark.parametrize(("num_layers", "calls"), [(None, [2, 2]), (1, [2, 1])])
-def test_the_first_layers_are_computed_again(num_layers: int | None, calls: list[int]) -> None:
-    plain = make(softmax=False)
-    model, found = deepcopy(plain), [0, 0]
-    recompute(model, num_layers)
-    for i, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, i=i: found.__setitem__(i, found[i] + 1))
-    expected, again = gradients(plain), gradients(model)
-    assert found == calls
-    for name, value in expected.items():
-        torch.testing.assert_close(again[name], value)
