@@ -1,16 +1,19 @@
 """Compile for a Hopper GPU, without one, every kernel that a call would launch; print what each needs.
 
 `python tests/kernels/sm90.py` writes JSON: kernel -> the most registers and bytes of stack (spills) of its
-variants, and how often ptxas gave up on asynchronous matrix products. In a process of its own: Triton is told that
+variants, and how often ptxas gave up on asynchronous matrix products. In processes of its own: Triton is told that
 there is a GPU, and kernels are compiled where they would be launched. `--update` writes the figures that the test
 holds.
 """
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,14 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64"
 }  # fmt: skip
 VERSION = ".".join(triton.__version__.split(".")[:2])
-found: dict[str, dict[str, int]] = {}
-seen = set()
+CASES = (  # K, V, dtype and whether the kernels for Hopper alone are taken
+    (128, 128, torch.bfloat16, True),
+    (128, 128, torch.bfloat16, False),
+    (64, 64, torch.bfloat16, True),
+    (128, 128, torch.float32, False),
+)
+Kernels = dict[tuple[str, str], tuple[str, dict[str, int]]]
+compiled: Kernels = {}  # in this process: source and options -> name, and what it needs
 
 
 class Driver:
@@ -69,9 +78,8 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
     source = (GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource)(
         self, signature, values, attributes
     )
-    if (key := (source.hash(), str(options))) in seen:
+    if (key := (source.hash(), str(options))) in compiled:
         return
-    seen.add(key)
     kernel = triton.compile(source, target=TARGET, options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -85,15 +93,13 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool = False, **kw
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
     name = f"{self.__module__.removeprefix('brumby.kernels.')}.{self.__name__}"
-    row = found.setdefault(name, {"registers": 0, "stack": 0, "serialised": 0})
-    row["registers"] = max(row["registers"], registers)
-    row["stack"] = max(row["stack"], stack)
     serialised = "are serialized" in verbose.stderr
-    row["serialised"] += serialised
+    compiled[key] = name, {"registers": registers, "stack": stack, "serialised": int(serialised)}
     print(name, options, registers, stack, kernel.metadata.shared, serialised, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def compile_case(K: int, V: int, dtype: torch.dtype, fast: bool) -> Kernels:
+    """In a process of its own."""
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_instead  # type: ignore[method-assign]
     torch.cuda.get_device_properties = lambda _: Properties  # type: ignore[assignment]
@@ -107,33 +113,40 @@ def main() -> None:
         return q, k, v, dy, torch.zeros(1, 2048, 2)
 
     documents = torch.tensor([0, 1000, 2048])
-    products = state_form.products
-    for K, V, dtype, fast in (
-        (128, 128, torch.bfloat16, True),
-        (64, 64, torch.bfloat16, True),
-        (128, 128, torch.bfloat16, False),
-        (128, 128, torch.float32, False),
-    ):
-        attention_form.on_hopper = lambda *_, fast=fast: fast
-        state_form.products = hopper.HopperProducts if fast and K == 128 else products
-        q, k, v, dy, log_g = inputs(K, V, dtype)
-        gates = cumulate(log_g)
-        for G, cu_seqlens in ((gates, None), (None, None), (gates, documents), (None, documents)):
-            span = spans(2048, cu_seqlens, None, q.device)
-            y, l_inv = attention_form.forward(q, k, v, G, span, 2, 1e-20)
-            sums = attention_form.row_sums(dy, q, k, v, y, l_inv, G, span, 2)
-            qdq, kdk = attention_form.backward(dy, q, k, v, q, k, v, l_inv, sums, G, span, 2)
-            gate_gradient(qdq, kdk, cu_seqlens, 2)
-            gate_gradient(qdq, kdk, cu_seqlens, 2, forward=True)
-        y, l_inv, _ = state_form.forward(q, k, v, log_g, None, 1024, 1e-20, None, False)
-        state_form.backward(dy, None, q, k, v, log_g, None, 1024, None, y, l_inv)
-        state = RetentionState(torch.zeros(1, 2, K * (K + 1) // 2, V), torch.zeros(1, 2, K * (K + 1) // 2))
-        buffer = RetentionBuffer.empty(k[:, 0], v[:, 0], 64)
-        decode._on_hopper = lambda *_, fast=fast and K == 128: fast
-        decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0)
-        buffer.num_tokens = 64
-        decode.fold(state, buffer, 2)
+    attention_form.on_hopper = lambda *_: fast
+    if fast and K == 128:
+        state_form.products = hopper.HopperProducts
+    q, k, v, dy, log_g = inputs(K, V, dtype)
+    gates = cumulate(log_g)
+    for G, cu_seqlens in ((gates, None), (None, None), (gates, documents), (None, documents)):
+        span = spans(2048, cu_seqlens, None, q.device)
+        y, l_inv = attention_form.forward(q, k, v, G, span, 2, 1e-20)
+        sums = attention_form.row_sums(dy, q, k, v, y, l_inv, G, span, 2)
+        qdq, kdk = attention_form.backward(dy, q, k, v, q, k, v, l_inv, sums, G, span, 2)
+        gate_gradient(qdq, kdk, cu_seqlens, 2)
+        gate_gradient(qdq, kdk, cu_seqlens, 2, forward=True)
+    y, l_inv, _ = state_form.forward(q, k, v, log_g, None, 1024, 1e-20, None, False)
+    state_form.backward(dy, None, q, k, v, log_g, None, 1024, None, y, l_inv)
+    state = RetentionState(torch.zeros(1, 2, K * (K + 1) // 2, V), torch.zeros(1, 2, K * (K + 1) // 2))
+    buffer = RetentionBuffer.empty(k[:, 0], v[:, 0], 64)
+    decode._on_hopper = lambda *_: fast and K == 128
+    decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0)
+    buffer.num_tokens = 64
+    decode.fold(state, buffer, 2)
+    return compiled
 
+
+def main() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, max_tasks_per_child=1) as pool:
+        for kernels in pool.map(compile_case, *zip(*CASES, strict=True)):
+            compiled.update(kernels)
+    found: dict[str, dict[str, int]] = {}
+    for name, needs in compiled.values():
+        row = found.setdefault(name, {"registers": 0, "stack": 0, "serialised": 0})
+        row["registers"] = max(row["registers"], needs["registers"])
+        row["stack"] = max(row["stack"], needs["stack"])
+        row["serialised"] += needs["serialised"]
     if "--update" in sys.argv:
         figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
         figures[VERSION] = dict(sorted(found.items()))
