@@ -2,11 +2,12 @@
 
     python -m benchmarks.recovery_sample --base FOLDER --tokens 16000000 --out sampled.npy
 
-`FOLDER` is a checkpoint made by `brumby convert`, run with softmax. Each row begins with the token `--first`, by
-default that of id 0, `<|endoftext|>` in SmolLM2, and every next one is drawn from the base's own distribution
-without the tokens whose probability is below `--min-p` times the largest (min-p, arXiv 2407.01082). `sampled.npy`
-has uint16 ids of rows of `--sequence-length` + 1 tokens, one after the other, and `sampled.jsonl.gz` beside it has
-their text, a row a document, for `brumby prepare`.
+`FOLDER` is a checkpoint made by `brumby convert`, run with softmax. Each row begins with a token drawn from all of
+the vocabulary alike, as in arXiv 2305.17888: after `<|endoftext|>`, which its training on dialogues has left
+without text to follow, SmolLM2-Instruct mostly writes broken code. Every next token is drawn from the base's own
+distribution without those whose probability is below `--min-p` times the largest (min-p, arXiv 2407.01082).
+`sampled.npy` has uint16 ids of rows of `--sequence-length` + 1 tokens, one after the other, and `sampled.jsonl.gz`
+beside it has their text, a row a document, for `brumby prepare`.
 
 Shapes: B rows, T tokens, H key-value heads, R query heads to each, K head_dim, W vocabulary.
 """
@@ -39,13 +40,13 @@ BUCKET = 256  # positions that share a graph, and read as many keys
 class Sampler:
     """A model with softmax, and the keys and values of B rows of T tokens."""
 
-    def __init__(self, model: BrumbyForCausalLM, B: int, T: int, first: int, min_p: float) -> None:
+    def __init__(self, model: BrumbyForCausalLM, B: int, T: int, min_p: float) -> None:
         config, device = model.config, model.lm_head.weight.device
         self.model, self.margin = model, -math.log(min_p)
         H = config.num_key_value_heads or config.num_attention_heads
         shape = (config.num_hidden_layers, B, H, T, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(2))
-        self.rows = torch.full((B, T + 1), first, device=device)
+        self.rows = torch.zeros(B, T + 1, dtype=torch.int64, device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -83,10 +84,11 @@ class Sampler:
         self.position += 1
         self.rows.index_copy_(1, self.position.view(1), drawn[:, None])
 
-    def write(self) -> Tensor:
-        """New rows [B, T + 1]."""
+    def write(self, num_words: int) -> Tensor:
+        """New rows [B, T + 1], each from a first token below `num_words`."""
         T = self.k.shape[3]
         self.position.zero_()
+        self.rows[:, 0].random_(num_words)
         for start in range(0, T, BUCKET):
             end = min(start + BUCKET, T)
             if not self.rows.is_cuda:
@@ -114,7 +116,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1024, help="at once; SmolLM2-135M takes 48 MB for each")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--min-p", type=float, default=0.002, help="makes SmolLM2 as sure of it as of real text")
@@ -127,12 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     model: nn.Module = BrumbyForCausalLM.from_pretrained(args.base, dtype=dtype, use_exp=True)
     T, started = args.sequence_length, time.perf_counter()
     torch.manual_seed(args.seed)
-    sampler = Sampler(cast(BrumbyForCausalLM, model.to(device).eval()), args.rows, T, args.first, args.min_p)
+    sampler = Sampler(cast(BrumbyForCausalLM, model.to(device).eval()), args.rows, T, args.min_p)
     num_rounds = -(-args.tokens // (args.rows * (T + 1)))
-    parts = [sampler.write().cpu().numpy().astype(np.uint16) for _ in track(range(num_rounds), "Writing")]
-    rows = np.concatenate(parts)
     tokenizer = Tokenizer.from_file(str(args.base / "tokenizer.json"))
-    texts = tokenizer.decode_batch(rows[:, 1:].tolist(), skip_special_tokens=False)
+    num_words = tokenizer.get_vocab_size()  # fewer than the model has embeddings, in Qwen3
+    parts = [sampler.write(num_words).cpu().numpy().astype(np.uint16) for _ in track(range(num_rounds), "Writing")]
+    rows = np.concatenate(parts)
+    texts = tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     write(args.out.with_suffix(".jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
     write(args.out, content_of(np.save, rows.ravel()))

@@ -279,30 +279,35 @@ def test_the_excess_is_told_by_where_it_is(tiny_model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_base_writes_from_its_own_distribution(qk_norm: bool) -> None:
     _, teacher = pair(qk_norm)
-    sampler = recovery_sample.Sampler(teacher.eval(), B=3, T=20, first=5, min_p=0.1)
-    rows = sampler.write().clone()
-    assert (rows[:, 0] == 5).all()
+    sampler = recovery_sample.Sampler(teacher.eval(), B=3, T=20, min_p=0.1)
+    rows = sampler.write(97).clone()
     expected = teacher(rows[:, :-1], use_cache=False).logits
     sampler.position.zero_()
     for i in range(20):
         torch.testing.assert_close(sampler.logits(20), expected[:, i])
         sampler.position += 1
     num_rows = 20_000
-    sampler = recovery_sample.Sampler(teacher, B=num_rows, T=1, first=5, min_p=0.1)
-    found = torch.bincount(sampler.write()[:, 1], minlength=97)
-    p = expected[0, 0].softmax(-1)
+    sampler = recovery_sample.Sampler(teacher, B=num_rows, T=1, min_p=0.1)
+    found = torch.bincount(sampler.write(1)[:, 1], minlength=97)
+    p = teacher(rows.new_zeros(1, 1), use_cache=False).logits[0, 0].softmax(-1)
     likely = p >= 0.1 * p.max()
     assert 10 < likely.sum() < 90
     assert not found[~likely].any()
     found, p = found[likely], p[likely] / p[likely].sum()
-    difference = ((found - num_rows * p) / (num_rows * p * (1 - p)).sqrt()).square().sum()
-    assert difference < len(p) + 5 * (2 * len(p)) ** 0.5  # chi square
+    assert chi_square(found, p) < len(p) + 5 * (2 * len(p)) ** 0.5
+    first = torch.bincount(sampler.write(60)[:, 0], minlength=97)
+    assert not first[60:].any()
+    assert chi_square(first[:60], torch.full((60,), 1 / 60)) < 60 + 5 * 120**0.5
+
+
+def chi_square(found: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    num = found.sum()
+    return ((found - num * p) / (num * p * (1 - p)).sqrt()).square().sum()
 
 
 def test_what_the_base_writes_is_kept_as_tokens_and_as_text(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "sampled.npy"
-    words = ["--base", tiny_model, "--tokens", 100, "--rows", 3, "--sequence-length", 16, "--first", 7]
-    words += ["--out", out]
+    words = ["--base", tiny_model, "--tokens", 100, "--rows", 3, "--sequence-length", 16, "--out", out]
     with pytest.raises(SystemExit) as refused:
         recovery_sample.main([str(word) for word in (*words, "--min-p", 0)])
     assert refused.value.code == 2
@@ -312,12 +317,13 @@ def test_what_the_base_writes_is_kept_as_tokens_and_as_text(tiny_model: Path, tm
     assert ids.dtype == np.uint16
     rows = ids.reshape(-1, 17)
     assert len(rows) == 6
-    assert (rows[:, 0] == 7).all()
     assert len({tuple(row) for row in rows.tolist()}) == 6
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    assert len(set(rows[:, 0])) > 1
+    assert (rows[:, 0] < tokenizer.get_vocab_size()).all()
     with gzip.open(tmp_path / "sampled.jsonl.gz", "rt") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    assert texts == [tokenizer.decode(row[1:].tolist(), skip_special_tokens=False) for row in rows]
+    assert texts == [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in rows]
 
 
 def test_recipes_run_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
