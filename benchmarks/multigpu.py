@@ -306,16 +306,16 @@ def launched(run_dir: Path, gpus: int, interrupted: bool = False) -> Iterator[Ca
     try:
         yield until
         if interrupted:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # a shell's background job ignores SIGINT
         if process.wait() != (EXIT_INTERRUPTED if interrupted else 0):
             raise RuntimeError(
                 f"{run_dir.name} ended with code {process.returncode}:\n{output.read_text()[-6000:]}"
             )
     finally:
         if process.poll() is None:  # its ranks end with it: a second interrupt does not wait for them to save
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             time.sleep(1)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             process.wait()
 
 

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from brumby.train.throughput import slow_in_bf16
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch.optim import Optimizer
@@ -80,7 +82,7 @@ def spare_the_cpu(original_muon: Any) -> None:
         return plain(G, steps) if G.any() else torch.zeros_like(G)
 
     original_muon.zeropower_via_newtonschulz5 = zeropower
-    if not torch.cpu._is_avx512_bf16_supported():
+    if slow_in_bf16(torch.device("cpu")):
         original_muon.ns_compute_dtype = lambda ns_method: torch.float32
 
 

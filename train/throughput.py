@@ -49,6 +49,11 @@ def flops_per_token(config: BrumbyConfig, sequence_length: int, stage: StageConf
     return trained + (base + 2 * head if stage.kl else 0)
 
 
+def slow_in_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU without bfloat16, where a matrix product in it takes some fifty times as long."""
+    return device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The device's matrix rate: the data sheet's for a known GPU, else that of a product timed here."""
     if device.type == "cuda":

@@ -28,7 +28,7 @@ from brumby.train.partition import comparable, forget_moments, num_updates
 from brumby.train.plot import plot_loss
 from brumby.train.schedule import Stage, plan
 from brumby.train.terminal import LiveLog, step_line
-from brumby.train.throughput import flops_per_token, peak_flops
+from brumby.train.throughput import flops_per_token, peak_flops, slow_in_bf16
 from brumby.train.tracking import MetricsFile, Wandb, read_metrics
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class Trainer:
         self.layers, self.model_config = model.model.layers, model.config
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.peak_flops = peak_flops(self.device, precision) * self.world_size
+        if config.precision == "bf16" and slow_in_bf16(self.device):
+            log.warning("this CPU has no bfloat16: with precision=fp32 it is faster by far")
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop:

@@ -22,6 +22,7 @@ from brumby.launch.runs import find_checkpoint
 from brumby.model import BrumbyForCausalLM
 from brumby.train.config import load
 from brumby.train.status import completed, step_of
+from brumby.train.throughput import slow_in_bf16
 from brumby.train.tracking import read_metrics
 from tests.conftest import WITH_TESTS, stage, start_ranks, train
 
@@ -235,6 +236,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_run, trained, long_data, ze
     output, _ = process.communicate(timeout=120)
     stopped = len(losses(run_dir))
     assert 6 <= stopped < 50, output
+    assert ("no bfloat16" in output) == (precision == "bf16" and slow_in_bf16(torch.device("cpu")))
     assert find_checkpoint(run_dir).name == f"step-{stopped:06d}"
     train(run_dir, num_ranks=2)
     assert losses(run_dir) == losses(whole)
