@@ -17,7 +17,8 @@ and in which it runs nothing (`idle`). `scaling` is the speed of a GPU over that
 
 `killed` and `moved`: a run of one layer and a small vocabulary under ZeRO-3 with `brumby launch`, whose objectives
 are compared with those of the same run undisturbed. A rank of it is killed, and `seconds_lost` pass until the run
-has come as far again; or it is interrupted and resumed, on all GPUs, on one, and on all.
+has come as far again; or it is interrupted and resumed, on all GPUs, on one, and on all. `on_one` compares a run
+undisturbed on one GPU in the same way: what the number of GPUs alone makes.
 """
 
 import argparse
@@ -247,15 +248,25 @@ class Bench:
             moves.append(last_step(run))
         with launched(run, self.gpus):
             pass
+        alone = self.launched_run("alone")
+        with launched(alone, 1):
+            pass
         found = {"gpus": [self.gpus, 1, self.gpus], "moved_after": moves}
-        return [{"case": "moved"} | found | compared(rows_of(run), expected)]
+        found |= compared(rows_of(run), expected)
+        return [{"case": "moved"} | found | {"on_one": differences(rows_of(alone), expected)}]
 
 
-def compared(rows: list[dict], expected: list[dict]) -> dict[str, float]:
+def compared(rows: list[dict], expected: list[dict]) -> dict[str, Any]:
     """How far the objectives of a run are from an undisturbed run's."""
-    pairs = [(a["objective"], b["objective"]) for a, b in zip(rows, expected, strict=True)]
-    difference = max(abs(a - b) for a, b in pairs)
-    return {"first_objective": pairs[0][1], "last_objective": pairs[-1][1], "max_difference": difference}
+    by_step = differences(rows, expected)
+    first, last = expected[0]["objective"], expected[-1]["objective"]
+    found: dict[str, Any] = {"first_objective": first, "last_objective": last, "max_difference": max(by_step)}
+    return found | {"differences": by_step}
+
+
+def differences(rows: list[dict], expected: list[dict]) -> list[float]:
+    """Between the objectives of two runs, by step."""
+    return [round(abs(a["objective"] - b["objective"]), 6) for a, b in zip(rows, expected, strict=True)]
 
 
 def random_weight(shape: tuple[int, ...]) -> Tensor:
