@@ -1,7 +1,7 @@
 """How much of a base model's quality a recipe recovers, and at what price: one GPU, no DeepSpeed.
 
     python -m benchmarks.recovery --base FOLDER --train train.npy --held-out held-out.npz [--recipes NAME ...]
-        [--tasks tasks.npz] [--sampled sampled.npy]
+        [--tasks tasks.npz] [--confirmation confirmation.npz] [--sampled sampled.npy]
     python -m benchmarks.recovery --plot docs/recovery.png
 
 `python -m benchmarks.recovery_data` makes all but the last, `python -m benchmarks.recovery_sample` that: text
@@ -12,9 +12,10 @@ sources, and in domain that on text of the training sources, the last that a rec
 `model`, `seed`, `tokens`, `excess_nats`, `excess_in_domain`, `base_loss`, `gpu_seconds` and `compile_seconds` go
 to `benchmarks/results/<device>/recovery.json` as they come; a recipe that is there whole is not run again. The
 last row of each recipe has `excess_by_eighth` of the sequence, `excess_of_repeats`, tokens that follow in it what
-they followed there before, which attention looks up (arXiv 2312.04927), and `excess_of_others`. With tasks it has
-`accuracy` by task and `accuracy_above_chance`, the mean share of the base's above chance that is left; the row of
-recipe `base` is the softmax base's. `gpu_seconds` are those of calibration and steps; what has to be compiled for
+they followed there before, which attention looks up (arXiv 2312.04927), and `excess_of_others`; with confirmation,
+text by which no recipe was chosen, `excess_of_confirmation`. With tasks it has `accuracy` by task and
+`accuracy_above_chance`, the mean share of the base's above chance that is left; the row of recipe `base` is the
+softmax base's. `gpu_seconds` are those of calibration and steps; what has to be compiled for
 them is compiled before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
@@ -107,6 +108,10 @@ def means(values: dict[str, Tensor]) -> dict[str, float]:
     return found | {"all": sum(found.values()) / len(found)}
 
 
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
 def repeats(rows: Tensor) -> Tensor:
     """Whether each next token of rows [., T + 1] follows a token that it followed there before, [., T]."""
     pairs, order = (rows[:, :-1].long() << 32 | rows[:, 1:].long()).sort(dim=1, stable=True)
@@ -120,7 +125,7 @@ class Run:
     def __init__(
         self, base: Path, train: Path, held_out: Path, device: str, compile: bool, held_out_tokens: int, T: int,
         tasks: dict[str, Task] | None = None, sampled: Path | None = None,
-        base_accuracy: dict[str, float] | None = None,
+        base_accuracy: dict[str, float] | None = None, confirmation: Path | None = None,
     ) -> None:  # fmt: skip
         self.T = T
         self.device = torch.device(device)
@@ -151,14 +156,12 @@ class Run:
         self.train_ids = rows_of(ids, T).to(self.device)  # [rows, T + 1]
         written = np.load(sampled).astype(np.int32) if sampled else np.zeros(0, np.int32)
         self.sampled_ids = torch.from_numpy(written).view(-1, T + 1).to(self.device)
-        with np.load(held_out) as sources:
-            self.held_out = {
-                name: rows_of(torch.from_numpy(ids[:held_out_tokens].astype(np.int64)), T).to(self.device)
-                for name, ids in sources.items()
-            }
+        self.held_out = self.rows_by_source(held_out, held_out_tokens)
+        self.confirmation = self.rows_by_source(confirmation, held_out_tokens) if confirmation else {}
         self.tasks = tasks or {}
         self.repeats = {name: repeats(rows) for name, rows in self.held_out.items()}
-        self.base_losses = self.held_out_losses(self.teacher)
+        self.base_losses = self.losses_by_source(self.teacher, self.held_out)
+        self.confirmation_losses = self.losses_by_source(self.teacher, self.confirmation)
         self.base_loss = means(self.base_losses)
         self.base_accuracy = base_accuracy or self.answer(self.teacher)
 
@@ -201,9 +204,20 @@ class Run:
         """Nats of each next token of rows [., T + 1], [., T]."""
         return torch.cat([self.token_losses(model, part)[0] for part in rows.split(EVALUATED)])
 
-    def held_out_losses(self, model: Model) -> dict[str, Tensor]:
-        """`losses` by source."""
-        return {name: self.losses(model, rows) for name, rows in self.held_out.items()}
+    def rows_by_source(self, path: Path, num_tokens: int) -> dict[str, Tensor]:
+        """The first tokens of each source of an npz, as rows [., T + 1]."""
+        with np.load(path) as sources:
+            return {
+                name: rows_of(torch.from_numpy(ids[:num_tokens].astype(np.int64)), self.T).to(self.device)
+                for name, ids in sources.items()
+            }
+
+    def losses_by_source(self, model: Model, texts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.losses(model, rows) for name, rows in texts.items()}
+
+    def excess(self, texts: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By source, of each token: the student's loss minus the softmax base's."""
+        return {name: one - base[name] for name, one in self.losses_by_source(self.student, texts).items()}
 
     def where(self, excess: dict[str, Tensor]) -> dict[str, Any]:
         """Where the excess of each token [., T] is, by held-out source; on average over the sources."""
@@ -225,8 +239,7 @@ class Run:
         if not found:
             return {}
         share = above_chance(found, self.base_accuracy, self.tasks)
-        rounded = {name: round(value, 4) for name, value in found.items()}
-        return {"accuracy": rounded, "accuracy_above_chance": round(share, 4)}
+        return {"accuracy": rounded(found), "accuracy_above_chance": round(share, 4)}
 
     def batches(self, seed: int, ids: Tensor) -> Iterator[Tensor]:
         """Rows [T + 1] of `ids` without end, in an order that the seed alone decides."""
@@ -282,8 +295,12 @@ class Run:
             prepare()
 
         def measure(loss: float | None, final: bool) -> None:
-            by_token = {name: one - self.base_losses[name] for name, one in self.held_out_losses(student).items()}
-            excess = {name: round(value, 4) for name, value in means(by_token).items()}
+            by_token = self.excess(self.held_out, self.base_losses)
+            excess = rounded(means(by_token))
+            confirmed = {}
+            if final and self.confirmation:
+                of_confirmation = self.excess(self.confirmation, self.confirmation_losses)
+                confirmed = {"excess_of_confirmation": rounded(means(of_confirmation))}
             in_domain = self.losses(student, unseen).mean().item() - base_loss
             record({
                 "tokens": seen, "excess_nats": excess.pop("all"), "excess_by_source": excess,
@@ -291,6 +308,7 @@ class Run:
                 "base_loss": round(self.base_loss["all"], 4), "train_loss": loss,
                 "gpu_seconds": round(seconds, 2), "compile_seconds": round(compiling, 2), "final": final,
                 **(self.where(by_token) if final else {}),
+                **confirmed,
                 **self.accuracy_row(self.answer(student) if final else {}),
             })  # fmt: skip
 
@@ -466,6 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, help="token ids, npy")
     parser.add_argument("--held-out", type=Path, help="token ids by source, npz")
     parser.add_argument("--held-out-tokens", type=int, default=2**20, help="of each source at most")
+    parser.add_argument("--confirmation", type=Path, help="as --held-out, measured at a recipe's end alone")
     parser.add_argument("--tasks", type=Path, help="questions of benchmarks/accuracy.py, npz")
     parser.add_argument("--sampled", type=Path, help="token ids that the base wrote, npy")
     parser.add_argument("--recipes", nargs="*", default=[], help="names; by default all")
@@ -497,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     known = results.base_accuracy(tasks)
     run = Run(
         args.base, args.train, args.held_out, args.device, not args.no_compile, args.held_out_tokens,
-        args.sequence_length, tasks, args.sampled, known,
+        args.sequence_length, tasks, args.sampled, known, args.confirmation,
     )  # fmt: skip
     print(json.dumps({"base_loss": run.base_loss, "train_tokens": run.train_ids.numel()}), flush=True)
     if tasks and not known:

@@ -84,7 +84,7 @@ def learn_norms(run: Run, num_tokens: int) -> Model:
     run.student = with_norms(run, run.train_ids[-8:, :-1].long())
 
     def excess() -> float:
-        return means(run.held_out_losses(run.student))["all"] - run.base_loss["all"]
+        return means(run.excess(run.held_out, run.base_losses))["all"]
 
     print(f"norms, untrained: {excess():.4f} nats above the base", flush=True)
     stage = Stage(num_tokens, softmax=True, lr=5e-4, sequences=4)

@@ -11,6 +11,7 @@ makes in FOLDER
   of all sources shuffled together by a fixed seed;
 - `train.jsonl.gz`: their text, for `brumby prepare` and `experiment=smollm2_135m`;
 - `held-out.npz`: uint16 token ids of the sources in `HELD_OUT`, of which nothing is trained on;
+- `confirmation.npz`: the same of the sources in `CONFIRMATION`, by which no recipe was chosen either;
 - `tasks.npz`: HellaSwag, ARC-easy, PIQA and LAMBADA for benchmarks/accuracy.py.
 
 What is there already is not made again. apt-get and dpkg-deb fetch and unpack the Debian packages; nothing is
@@ -125,6 +126,14 @@ def plays() -> Iterator[str]:
                 yield work.read().decode("utf-8", errors="ignore")
 
 
+def quotations(num_quotations: int = 32) -> Iterator[str]:
+    """Pages of the fortune collections."""
+    for text in files("fortunes", r"/games/fortunes/[\w-]+$"):
+        found = text.split("\n%\n")
+        for i in range(0, len(found), num_quotations):
+            yield "\n\n".join(found[i : i + num_quotations])
+
+
 TRAIN = {
     "dictionary": Source(lambda: dictionary("dict-gcide"), 14_000_000),
     "computing": Source(lambda: dictionary("dict-foldoc"), 2_000_000),
@@ -145,6 +154,11 @@ HELD_OUT: dict[str, Callable[[], Iterator[str]]] = {
     "wikipedia": encyclopedia,
     "shakespeare": plays,
     "python": code,
+}
+CONFIRMATION: dict[str, Callable[[], Iterator[str]]] = {
+    "essays": lambda: files("anarchism", r"/markdown/.*\.md\.gz$"),
+    "quotations": quotations,
+    "ruby": lambda: files("libruby3.1", r"\.rb$"),
 }
 
 
@@ -192,8 +206,9 @@ def training_text(encoder: Encoder, counts: dict[str, int]) -> tuple[bytes, byte
     return content_of(np.save, ids), gzip.compress(lines.encode(), mtime=0)
 
 
-def held_out_text(encoder: Encoder) -> bytes:
-    texts = {name: encoder.documents(name, texts(), HELD_OUT_TOKENS) for name, texts in HELD_OUT.items()}
+def text_by_source(encoder: Encoder, sources: dict[str, Callable[[], Iterator[str]]]) -> bytes:
+    """The contents of held-out.npz or confirmation.npz."""
+    texts = {name: encoder.documents(name, texts(), HELD_OUT_TOKENS) for name, texts in sources.items()}
     ids = {name: np.concatenate([ids for _, ids in found])[:HELD_OUT_TOKENS] for name, found in texts.items()}
     return content_of(np.savez_compressed, **ids)
 
@@ -246,9 +261,10 @@ def make(out: Path) -> None:
         write(out / "train.json", (json.dumps({"tokens": counts}, indent=1) + "\n").encode())
         write(out / "train.jsonl.gz", lines)
         write(out / "train.npy", ids)
-    if not (out / "held-out.npz").exists():
-        console.print("Text that is held out")
-        write(out / "held-out.npz", held_out_text(encoder))
+    for name, sources in (("held-out", HELD_OUT), ("confirmation", CONFIRMATION)):
+        if not (out / f"{name}.npz").exists():
+            console.print(f"Text for {name}.npz")
+            write(out / f"{name}.npz", text_by_source(encoder, sources))
     if not (out / "tasks.npz").exists():
         console.print("Tasks")
         paths = {name: CACHE / "tasks" / f"{name}.gz" for name in TASKS}

@@ -348,7 +348,7 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None
         two, ids = np.array([0, 0]), np.arange(1, 7)
         save_tasks(file, {"piqa": Task(ids, two + 3, two + 1, two + 1, two, np.array([0, 1]), two)})
     words = [
-        "--tasks", tmp_path / "tasks.npz",
+        "--tasks", tmp_path / "tasks.npz", "--confirmation", tmp_path / "held.npz",
         "--base", tiny_model, "--train", tmp_path / "train.npy", "--held-out", tmp_path / "held.npz",
         "--recipe-file", tmp_path / "recipes.yaml", "--out", tmp_path, "--sequence-length", 32,
         "--device", "cpu", "--no-compile", "--seeds", 0, 1,
@@ -376,6 +376,9 @@ def test_recipes_run_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None
     fields = {"recipe", "model", "seed", "tokens", "excess_nats", "excess_by_source", "base_loss", "gpu_seconds"}
     assert all(fields | {"compile_seconds"} <= set(row) for row in found["rows"] if row["recipe"] != "base")
     assert all(("accuracy" in row) == row["final"] for row in found["rows"])
+    confirmed = [row for row in found["rows"] if "excess_of_confirmation" in row]
+    assert len(confirmed) == 2 * len(last)
+    assert all(row["excess_of_confirmation"]["all"] == row["excess_nats"] for row in confirmed)
     bases = [row for row in found["rows"] if row["recipe"] == "base"]
     assert [row["accuracy_above_chance"] for row in bases] == [1]
     control = [row for row in found["rows"] if row["recipe"] == "softmax" and not row["tokens"]]
@@ -469,7 +472,7 @@ def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     assert model.config.qk_norm
     assert all((layer.self_attn.q_norm.weight != 1).any() for layer in model.model.layers)
     run = recovery.Run(tmp_path / "norms", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
-    excess = run.base_loss["all"] - recovery.means(run.held_out_losses(teacher))["all"]
+    excess = run.base_loss["all"] - recovery.means(run.losses_by_source(teacher, run.held_out))["all"]
     assert excess == pytest.approx(after, abs=1e-3)
 
 
