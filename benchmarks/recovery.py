@@ -15,8 +15,8 @@ last row of each recipe has `excess_by_eighth` of the sequence, `excess_of_repea
 they followed there before, which attention looks up (arXiv 2312.04927), and `excess_of_others`; with confirmation,
 text by which no recipe was chosen, `excess_of_confirmation`. With tasks it has `accuracy` by task and
 `accuracy_above_chance`, the mean share of the base's above chance that is left; the row of recipe `base` is the
-softmax base's. `gpu_seconds` are those of calibration and steps; what has to be compiled for
-them is compiled before they are timed.
+softmax base's. `gpu_seconds` are those of calibration and steps; what has to be compiled for them is compiled
+before they are timed.
 
 Shapes: B sequences, T tokens, N = B * T, E hidden size, W vocabulary.
 """
