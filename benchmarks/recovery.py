@@ -436,7 +436,7 @@ CURVES = {  # models and recipes whose last rows make a line, by what they are
     ),
     "the same, heads of 128": (
         "SmolLM2-135M-wide-heads-new-QK-norm",
-        ("distance-muon-klmuon1-ce-5m", "part-kl-15m", "part-kl-embed-40m"),
+        ("distance-muon-klmuon1-ce-5m", "slower-kl-embed-15m", "part-kl-embed-40m"),
     ),
     "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-15m", "softmax-40m")),
 }
