@@ -5,6 +5,7 @@ own, so that the base's shards need not be written again.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -55,6 +56,7 @@ def convert(
     p: int = 2,
     add_qk_norm: bool = True,
     wide_heads: bool = False,
+    sink: float = 0.0,
     dtype: str | None = None,
     link: bool = True,
     revision: str | None = None,
@@ -80,6 +82,7 @@ def convert(
         p: the even power of the similarity.
         add_qk_norm: where the base has no QK norms, give them to retention; softmax goes without.
         wide_heads: double heads of 64 or less: with softmax the same function but for the queries' rounding.
+        sink: a weight beside those of the tokens, whose value is zero; the published format has none.
         dtype: cast the floating point tensors to float32, bfloat16 or float16; by default they keep theirs.
         link: hard-link shards that do not change, where the file system can. The base and the new checkpoint
             then share those files: what writes into one writes into both. `False` copies them.
@@ -98,7 +101,7 @@ def convert(
     """
     started = time.perf_counter()
     out = Path(out).expanduser().absolute()
-    to_dtype = check_options(gate_init, gate_bias, dtype, parity, device)
+    to_dtype = check_options(gate_init, gate_bias, sink, dtype, parity, device)
     with workspace(out) as work:
         folder = open_source(source, work, revision=revision, dtype=to_dtype)
         revision = folder.name if folder.parent.name == "snapshots" else revision
@@ -114,6 +117,7 @@ def convert(
         if add_qk_norm and not plan.config.qk_norm:
             plan.config.qk_norm = "retention"
             plan.notes.append("retention has QK norms, which the base has not: use_exp leaves them out")
+        plan.config.sink = float(sink)
 
         target = work / "target"
         # What was unpacked or widened is in the workspace, where nobody else has it: it can always be linked.
@@ -160,10 +164,12 @@ def convert(
 
 
 def check_options(
-    gate_init: str, gate_bias: bool, dtype: str | None, parity: str, device: str
+    gate_init: str, gate_bias: bool, sink: float, dtype: str | None, parity: str, device: str
 ) -> torch.dtype | None:
     """Raise ConversionError for an option that cannot be; otherwise the dtype of that name."""
     check_gate_init(gate_init, gate_bias)
+    if not 0 <= sink < math.inf:
+        raise ConversionError(f"sink is {sink}; expected a finite number, 0 or more")
     dtypes = {dtype_name(known): known for known in DTYPES.values()}
     if dtype is not None and dtype not in dtypes:
         raise ConversionError(

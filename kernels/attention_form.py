@@ -1,6 +1,6 @@
 """Power retention's attention form in Triton, forward and backward.
 
-    w_ij = exp(G_i - G_j) s_ij^P for j <= i,  s = scale q . k,  l_i = sum_j w_ij + EPS,  y_i = sum_j w_ij v_j / l_i
+    w_ij = exp(G_i - G_j) s_ij^P for j <= i,  s = scale q . k,  l_i = sum_j w_ij + eps,  y_i = sum_j w_ij v_j / l_i
     delta_i = dy_i . y_i      u_ij = exp(G_i - G_j) s_ij^(P-1) / l_i      ds_ij = P u_ij (dy_i . v_j - delta_i)
     dv_j = sum_i u_ij s_ij dy_i      dq = ds k      dk = ds^T q      dG_t = (q_t . dq_t - k_t . dk_t) / P
 
@@ -8,7 +8,7 @@ from "Scaling Context Requires Rethinking Attention" (arXiv 2507.04239); `power_
 Weights are even powers times gates <= 1, so there is no running maximum and, left of the diagonal, no exponential
 per element: with a reference point a between key and query, exp(G_i - G_j) = exp(G_i - G_a) exp(G_a - G_j), a row
 factor times a column factor, both <= 1. Blocks whose gates have decayed too far are not visited. `scale` cancels
-but for EPS, and is applied there alone.
+but for eps, which is what `power_retention` adds, sink + EPS, in units of unscaled weights.
 
 Documents packed into one row, and chunks, cost nothing in the inner loops: where a query may not look, its row or
 column factor is zero.

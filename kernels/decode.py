@@ -1,6 +1,6 @@
 """Decoding with a buffer in Triton, for power 2 and bound by memory: two kernels a token, one more a chunk.
 
-    y = (exp(G_t) S^T phi(scale q) + sum_j exp(G_t - G_j) (scale q . k_j)^2 v_j) / (the same of ones + EPS)
+    y = (exp(G_t) S^T phi(scale q) + sum_j exp(G_t - G_j) (scale q . k_j)^2 v_j) / (the same of ones + sink + EPS)
 
 `power_retention_decode` is the definition. The step's kernel reads the state once: a program takes a block of
 it, or of the buffered tokens, and writes a partial sum. A second kernel adds these up, always in the same
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from brumby.kernels.power_retention import EPS, RetentionBuffer, RetentionState, _decode, _fold
+from brumby.kernels.power_retention import RetentionBuffer, RetentionState, _decode, _fold
 
 # ----------------------------------------------------------------------------------------------------
 # The monomials x_i x_j, i <= j
@@ -334,10 +334,11 @@ def step(
     buffer: RetentionBuffer,
     power: int,
     scale: float,
+    eps: float,
 ) -> Tensor:
     """`power_retention_decode` after its checks. Powers above 2 and float64 run in plain PyTorch."""
     if power != 2 or state.s.dtype == torch.float64:
-        return _decode(q, k, v, log_g, state, buffer, power, scale)
+        return _decode(q, k, v, log_g, state, buffer, power, scale, eps)
     B, H, _, V = state.s.shape
     C, K, R = buffer.k.shape[1], k.shape[-1], q.shape[1] // H
     num_parts = triton.cdiv(buffer.num_tokens + 1, STEP.BC) + _num_tiles(K, STEP.BJ) // STEP.BJ
@@ -362,7 +363,7 @@ def step(
                 STEP.num_warps, STEP.num_stages, num_warps=STEP.num_warps,
             )  # fmt: skip
         grid = B * H * R, triton.cdiv(V, DIVIDE_BV)
-        _divide_kernel[grid](o, l_, y, num_parts, EPS, R, V, BS, DIVIDE_BV, num_warps=1)
+        _divide_kernel[grid](o, l_, y, num_parts, eps, R, V, BS, DIVIDE_BV, num_warps=1)
     return y
 
 

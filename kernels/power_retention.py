@@ -1,16 +1,18 @@
 """Power retention in plain PyTorch: the definition that every faster form is held against.
 
     w_ij = exp(G_i - G_j) (scale q_i . k_j)^P  for j <= i, else 0        G = cumsum(log_g)
-    y_i  = sum_j w_ij v_j / (sum_j w_ij + EPS)
+    y_i  = sum_j w_ij v_j / (sum_j w_ij + sink + EPS)
 
 from "Scaling Context Requires Rethinking Attention" (arXiv 2507.04239). With phi(a) . phi(b) = (a . b)^P the
 same sums are a linear recurrence over a state of fixed size:
 
     S_t = exp(log_g_t) S_{t-1} + phi(k_t) v_t^T      z_t = exp(log_g_t) z_{t-1} + phi(k_t)
-    y_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + EPS)
+    y_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + sink + EPS)
 
 Three forms of one function: "recurrent" (token by token), "attention" (quadratic in T) and "chunk" (attention
-inside a chunk, states across). The normaliser is the retention of a value that is always one: v carries a
+inside a chunk, states across). The sink is a weight whose value is zero: with it a query of
+which no key is much answers little, as a softmax head does that looks at the first token (arXiv 2309.17453). The
+normaliser is the retention of a value that is always one: v carries a
 last column of ones, S carries z as its last column, and one product yields numerator and denominator.
 
 This file imports nothing but PyTorch, so that it can be shipped beside an exported model.
@@ -88,6 +90,7 @@ def power_retention(
     initial_state: RetentionState | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    sink: float = 0.0,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, RetentionState]:
     """Causal power retention (module docstring: formula and source), differentiable in every tensor.
@@ -108,6 +111,7 @@ def power_retention(
         return_final_state: also return the state after the last token, N rows.
         cu_seqlens: [N + 1] int32 or int64: where the documents packed into one row (B = 1) begin, then T.
             Documents do not see each other; an empty one passes its state through.
+        sink: >= 0, what each query's sum of weights has beside them.
         implementation: "recurrent", "attention" or "chunk". None takes "attention" up to chunk_size tokens.
             On GPUs "attention" and "chunk" are kernels, and "reference" is the plain form of both.
 
@@ -124,6 +128,7 @@ def power_retention(
     device = q.device.type
     q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v, log_g, power, initial_state, cu_seqlens)
+    _check_sink(sink)
     T = q.shape[1]
     if implementation is None:
         implementation = "attention" if chunk_size is None or chunk_size >= T else "chunk"
@@ -143,6 +148,7 @@ def power_retention(
             initial_state=initial_state,
             return_final_state=return_final_state,
             cu_seqlens=cu_seqlens,
+            eps=EPS + sink,
         )
     return y if state is None else (y, state)
 
@@ -156,6 +162,7 @@ def power_retention_step(
     *,
     power: int = 2,
     scale: float | None = None,
+    sink: float = 0.0,
 ) -> tuple[Tensor, RetentionState]:
     """One token of `power_retention`, from one state to the next: decoding.
 
@@ -170,10 +177,11 @@ def power_retention_step(
         ValueError: as `power_retention`.
     """
     _check_token(q, k, v, log_g, power, state)
+    _check_sink(sink)
     if state is None:
         state = _empty(q.shape[0], k, v, power)
     with torch.autocast(q.device.type, enabled=False):
-        return _step(q, k, v, log_g, state, power, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _step(q, k, v, log_g, state, power, q.shape[-1] ** -0.5 if scale is None else scale, EPS + sink)
 
 
 def power_retention_decode(
@@ -186,13 +194,14 @@ def power_retention_decode(
     *,
     power: int = 2,
     scale: float | None = None,
+    sink: float = 0.0,
 ) -> Tensor:
     """One token of `power_retention` from a state and the tokens buffered since, both updated in place.
 
-        y = (exp(G_t) S^T phi(scale q) + sum_j exp(G_t - G_j) (scale q . k_j)^P v_j) / (the same of ones + EPS)
+        y = (exp(G_t) S^T phi(scale q) + sum_j exp(G_t - G_j) (scale q . k_j)^P v_j) / l
 
-    The token is appended to the buffer; a full buffer is folded into the state. Not differentiable. Under
-    autocast q, k and v are cast as in `power_retention`.
+    where l is the same of ones, plus sink + EPS. The token is appended to the buffer; a full buffer is folded into
+    the state. Not differentiable. Under autocast q, k and v are cast as in `power_retention`.
 
     Args:
         q: [B, HQ, K]; k: [B, H, K]; v: [B, H, V], all of the buffer's dtype; log_g: [B, H] float32 or None.
@@ -207,12 +216,14 @@ def power_retention_decode(
     """
     q, k, v = _autocast(q, k, v)
     _check_token(q, k, v, log_g, power, state)
+    _check_sink(sink)
     _check_buffer(k, v, buffer)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_g, *state)):
         raise ValueError("decoding updates its state in place and has no gradient; wrap it in torch.no_grad()")
     decoder = _decoder(q.device.type)
     with torch.autocast(q.device.type, enabled=False):
-        y = decoder.step(q, k, v, log_g, state, buffer, power, q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        y = decoder.step(q, k, v, log_g, state, buffer, power, scale, EPS + sink)
     buffer.num_tokens += 1
     if buffer.num_tokens == buffer.k.shape[1]:
         power_retention_fold(state, buffer, power=power)
@@ -271,6 +282,7 @@ def _step(
     state: RetentionState,
     power: int,
     scale: float,
+    eps: float,
 ) -> tuple[Tensor, RetentionState]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     y_dtype = v.dtype
@@ -283,7 +295,7 @@ def _step(
     # The token's own weight comes from q . k: through phi it would lose digits to cancellation
     w = (q @ k[..., None]) ** power  # [B, H, R, 1]
     phi_q, phi_k = _expand(q, power), _expand(k, power)  # [B, H, R, D] and [B, H, D]
-    y = (phi_q @ s + w * v[..., None, :]) / (phi_q @ z[..., None] + w + EPS)  # [B, H, R, V]
+    y = (phi_q @ s + w * v[..., None, :]) / (phi_q @ z[..., None] + w + eps)  # [B, H, R, V]
     state = RetentionState(torch.addcmul(s, phi_k[..., None], v[..., None, :]), z + phi_k)
     return y.flatten(1, 2).to(y_dtype), state
 
@@ -300,6 +312,7 @@ def _recurrent(
     initial_state: RetentionState | None,
     return_final_state: bool,
     cu_seqlens: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, RetentionState | None]:
     """The definition, token by token. Slow; for reading and for checking the others."""
     ys, states = [], []
@@ -310,7 +323,7 @@ def _recurrent(
             state = RetentionState(*(x[rows] for x in initial_state))
         for t in range(start, end):
             g = None if log_g is None else log_g[:, t]
-            y, state = _step(q[:, t], k[:, t], v[:, t], g, state, power, scale)
+            y, state = _step(q[:, t], k[:, t], v[:, t], g, state, power, scale, eps)
             ys.append(y)
         states.append(state)
     y = torch.stack(ys, 1) if ys else v.new_empty(*q.shape[:3], v.shape[-1])
@@ -331,6 +344,7 @@ def _decode(
     buffer: RetentionBuffer,
     power: int,
     scale: float,
+    eps: float,
 ) -> Tensor:
     t = buffer.num_tokens
     buffer.k[:, t], buffer.v[:, t] = k, v
@@ -341,7 +355,7 @@ def _decode(
     q = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1))  # [B, H, R, K]
     phi = _expand(q, power) * G[..., -1, None, None].exp().to(dtype)  # [B, H, R, D]
     w = (q @ keys.mT) ** power * (G[..., -1:] - G).exp().to(dtype)[..., None, :]  # [B, H, R, t + 1]
-    y = (phi @ state.s + w @ values) / (phi @ state.z[..., None] + w.sum(-1, keepdim=True) + EPS)  # [B, H, R, V]
+    y = (phi @ state.s + w @ values) / (phi @ state.z[..., None] + w.sum(-1, keepdim=True) + eps)  # [B, H, R, V]
     return y.flatten(1, 2).to(v.dtype)
 
 
@@ -528,6 +542,7 @@ def _chunked(
     initial_state: RetentionState | None,
     return_final_state: bool,
     cu_seqlens: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, RetentionState | None]:
     """Attention inside each chunk of each document; what came before a chunk answers through its state."""
     B, T, H, _ = k.shape
@@ -558,7 +573,7 @@ def _chunked(
             empty = v.new_zeros(B * H, math.comb(k.shape[-1] + power - 1, power), v.shape[-1])
             s = torch.cat([empty if s is None else s for s in states]).unflatten(0, (-1, H))  # [N, H, D, V + 1]
             final = RetentionState(s[..., :-1].contiguous(), s[..., -1].contiguous())
-    y = o[..., :-1] / (o[..., -1:] + EPS)  # [B * H, T, R, V]
+    y = o[..., :-1] / (o[..., -1:] + eps)  # [B * H, T, R, V]
     return y.to(y_dtype).unflatten(0, (B, H)).transpose(1, 2).flatten(2, 3), final  # [B, T, HQ, V]
 
 
@@ -607,6 +622,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
     return tensors
+
+
+def _check_sink(sink: float) -> None:
+    if not 0 <= sink < math.inf:
+        raise ValueError(f"sink is {sink!r}; expected a weight: a finite number, 0 or more")
 
 
 def _check_token(

@@ -18,7 +18,7 @@ from torch import Tensor
 from brumby.kernels import attention_form, state_form
 from brumby.kernels.ahead import compile_ahead
 from brumby.kernels.gates import cumulate, gate_gradient, spans
-from brumby.kernels.power_retention import EPS, FORMS, RetentionState, _documents, _empty
+from brumby.kernels.power_retention import FORMS, RetentionState, _documents, _empty
 
 CHUNK = 128  # chunks are multiples of it: what a chunk is does not change the result
 
@@ -225,6 +225,7 @@ def retention(
     initial_state: RetentionState | None,
     return_final_state: bool,
     cu_seqlens: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, RetentionState | None]:
     """Both forms, with `power_retention`'s arguments after its checks: attention up to `chunk_size` tokens.
 
@@ -244,12 +245,12 @@ def retention(
         )
         return FORMS[q.device.type, "reference"](
             q, k, v, log_g, power=power, scale=scale, chunk_size=chunk_size, initial_state=initial_state,
-            return_final_state=return_final_state, cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state, cu_seqlens=cu_seqlens, eps=eps,
         )  # fmt: skip
     if states and cu_seqlens is not None:
         return _by_document(
             q, k, v, log_g, power=power, scale=scale, chunk_size=chunk_size, initial_state=initial_state,
-            return_final_state=return_final_state, cu_seqlens=cu_seqlens,
+            return_final_state=return_final_state, cu_seqlens=cu_seqlens, eps=eps,
         )  # fmt: skip
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     log_g = None if log_g is None else log_g.float().contiguous()
@@ -257,7 +258,7 @@ def retention(
         if cu_seqlens.device.type == "cpu":  # reading values from a GPU would wait for it
             _documents(q.shape[0], T, cu_seqlens)
         cu_seqlens = cu_seqlens.to(q.device)
-    eps = EPS / scale**power  # scale cancels everywhere else
+    eps /= scale**power  # scale cancels everywhere else
     if not states and (chunk_size >= T or not _has_state_form(K, V, power)):
         return _attention(q, k, v, log_g, cu_seqlens, power, eps)[0], None
     s, z = (None, None) if initial_state is None else (x.float().contiguous() for x in initial_state)

@@ -1,5 +1,7 @@
 """Configuration of Brumby models: Qwen3's fields and those of power retention."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -8,8 +10,8 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 class BrumbyConfig(Qwen3Config):
     """A decoder whose token mixer is power retention instead of softmax attention.
 
-    The first five fields are those of the published Brumby-14B-Base. The last three describe base
-    families other than Qwen3; their defaults leave the published format as it is.
+    The first five fields are those of the published Brumby-14B-Base. The next three describe base
+    families other than Qwen3; the defaults of all that follow leave the published format as it is.
 
     Args:
         p: Even power of the similarity `(q . k) ** p`.
@@ -22,10 +24,11 @@ class BrumbyConfig(Qwen3Config):
             "retention": the base does not, and with `use_exp` nor does this model.
         qkv_bias: Biases on the q, k and v projections. `None` means `attention_bias` (Qwen2: yes).
         gate_bias: A bias on the gate projection. `None` means `attention_bias`.
+        sink: A weight beside those of the tokens, whose value is zero; 0: there is none.
 
     Raises:
-        ValueError: `p` is odd or below 2, `qk_norm` is another word, a chunk size is below 1, a sliding
-            window is set, or the query heads cannot be divided among the key-value heads.
+        ValueError: `p` is odd or below 2, `qk_norm` is another word, `sink` or a chunk size is out of range, a
+            sliding window is set, or the query heads cannot be divided among the key-value heads.
     """
 
     model_type = "brumby"
@@ -38,6 +41,7 @@ class BrumbyConfig(Qwen3Config):
     qk_norm: bool | str = True
     qkv_bias: bool | None = None
     gate_bias: bool | None = None
+    sink: float = 0.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -49,6 +53,8 @@ class BrumbyConfig(Qwen3Config):
             raise ValueError(f"p is {self.p}; power retention needs an even power of at least 2")
         if self.qk_norm not in (True, False, "retention"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}; expected true, false or retention")
+        if not 0 <= self.sink < math.inf:
+            raise ValueError(f"sink is {self.sink}; expected a finite number, 0 or more")
         for name in ("chunk_size", "switch_over_seq_len", "prefill_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -45,9 +45,9 @@ class RetentionCacheLayer(CacheLayerMixin):
     Their size does not depend on how many tokens the layer has seen.
     """
 
-    def __init__(self, power: int, chunk_size: int) -> None:
+    def __init__(self, power: int, chunk_size: int, sink: float) -> None:
         super().__init__()
-        self.power, self.chunk_size = power, chunk_size
+        self.power, self.chunk_size, self.sink = power, chunk_size, sink
         self.state: RetentionState | None = None  # as of the first token in the buffer
         self.buffer: RetentionBuffer | None = None
         self.num_tokens = 0
@@ -67,7 +67,7 @@ class RetentionCacheLayer(CacheLayerMixin):
         if self.buffer is None:
             self.buffer = RetentionBuffer.empty(k, v, self.chunk_size)
         self.num_tokens += 1
-        return power_retention_decode(q, k, v, log_g, self.state, self.buffer, power=self.power)
+        return power_retention_decode(q, k, v, log_g, self.state, self.buffer, power=self.power, sink=self.sink)
 
     def fold(self) -> RetentionState | None:
         """The state as of the last token; the buffer is left empty."""
@@ -113,10 +113,8 @@ class BrumbyCache(Cache):
     """The recurrent states and buffers of all layers, for `generate` and for decoding by hand."""
 
     def __init__(self, config: BrumbyConfig) -> None:
-        chunk_size = min(config.chunk_size, MAX_BUFFERED)
-        super().__init__(
-            layers=[RetentionCacheLayer(config.p, chunk_size) for _ in range(config.num_hidden_layers)]
-        )
+        options = config.p, min(config.chunk_size, MAX_BUFFERED), config.sink
+        super().__init__(layers=[RetentionCacheLayer(*options) for _ in range(config.num_hidden_layers)])
 
 
 def softmax_attention(
@@ -211,8 +209,12 @@ class BrumbyAttention(nn.Module):
             log_g = log_g.masked_fill(~own[..., None], 0)
         if cache is None:
             return power_retention(  # type: ignore[return-value]  # a tensor, where no state is asked for
-                q, k, v, log_g, power=self.config.p, chunk_size=self.chunk_size(T), cu_seqlens=cu_seqlens
-            )
+                q, k, v, log_g,
+                power=self.config.p,
+                chunk_size=self.chunk_size(T),
+                cu_seqlens=cu_seqlens,
+                sink=self.config.sink,
+            )  # fmt: skip
         layer = cache.layers[self.layer_idx]
         if T == 1 and layer.is_initialized and not q.requires_grad:  # decoding has no gradient
             return layer.decode(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0])[:, None]
@@ -222,6 +224,7 @@ class BrumbyAttention(nn.Module):
             chunk_size=self.chunk_size(T),
             initial_state=layer.fold(),
             return_final_state=True,
+            sink=self.config.sink,
         )  # fmt: skip
         layer.update(state, T)
         return y

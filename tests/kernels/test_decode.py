@@ -106,7 +106,7 @@ def errors(found: tuple[Tensor, RetentionState], expected: tuple[Tensor, Retenti
 def test_plain_form_is_exact(C, gates, power):
     size = (2, 33, 2, 3, 4, 5, C, 6)
     inputs = make(size, gates, torch.float64, "cpu")
-    for options in ({}, {"scale": 0.3}):
+    for options in ({}, {"scale": 0.3}, {"sink": 0.7}):
         found, expected = decode(inputs, size, power, **options), whole(inputs, size, power, **options)
         assert max(errors(found, expected)) < 1e-10
 

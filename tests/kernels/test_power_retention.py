@@ -101,7 +101,11 @@ def unfold(state: Tensor, K: int, power: int) -> Tensor:
 
 
 def recurrence(
-    inputs: list[Tensor], power: int, state: list[Tensor] | None = None, scale: float | None = None
+    inputs: list[Tensor],
+    power: int,
+    state: list[Tensor] | None = None,
+    scale: float | None = None,
+    sink: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, log_g = [*inputs, None][:4]
     B, T, H, K = k.shape
@@ -118,7 +122,7 @@ def recurrence(
         s, z = s + phi[..., None] * v[:, t, :, None, :], z + phi
         query = powers(q[:, t] * scale, power)
         heads = [h // R for h in range(H * R)]
-        ys.append((query[..., None] * s[:, heads]).sum(-2) / (query * z[:, heads]).sum(-1, keepdim=True))
+        ys.append((query[..., None] * s[:, heads]).sum(-2) / ((query * z[:, heads]).sum(-1, keepdim=True) + sink))
     return torch.stack(ys, 1), fold(s.mT, K, power).mT, fold(z, K, power)
 
 
@@ -294,6 +298,29 @@ def test_scale():
         assert_close((y, *final), outputs)
     y, _ = power_retention_step(*(x[:, 0] for x in inputs), RetentionState(*state), scale=0.3)
     assert_close([y], [outputs[0][:, 0]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sink(form):
+    inputs, state = make((1, 40, 1, 2, 4, 4, 2), "weak")
+    leaves, options = inputs + state, {"initial_state": RetentionState(*state), "return_final_state": True}
+    outputs = recurrence(inputs, 2, state, sink=0.7)
+    found = power_retention(*inputs, sink=0.7, **options, **FORMS[form])
+    found = (found[0], *found[1])
+    assert_close(found, outputs)
+    assert_close(grads(found, leaves), grads(outputs, leaves))
+    y, _ = power_retention_step(*(x[:, 0] for x in inputs), RetentionState(*state), sink=0.7)
+    assert_close([y], [outputs[0][:, 0]])
+    assert error(y, recurrence(inputs, 2, state)[0][:, 0]) > 1e-3
+
+
+@pytest.mark.parametrize("sink", [-1.0, math.inf, math.nan])
+def test_sink_is_a_weight(sink):
+    inputs, _ = make((1, 2, 1, 1, 4, 4, 2), "none")
+    with pytest.raises(ValueError, match="sink is"):
+        power_retention(*inputs, sink=sink)
+    with pytest.raises(ValueError, match="sink is"):
+        power_retention_step(*(x[:, 0] for x in inputs), None, None, sink=sink)
 
 
 @pytest.mark.parametrize("power", [2, 4])

@@ -118,6 +118,8 @@ LARGE = {
     "L-chunks-packed": ((1, 3000, 10, 2, 128, 128), 6.0, [0, 1, 700, 1024, 3000], 2, 512, False),
     "L-states": ((2, 1500, 10, 2, 128, 128), 8.0, None, 2, 512, True),
 }
+# With a sink beside the tokens, the others without
+WITH_SINK = ("R5", "D96-p4", "packed", "chunks", "states", "L-2k-b4", "L-D64", "L-chunks-packed", "L-states")
 if DEVICE == "cpu":
     GRID = [pytest.param(name, F32, id=name) for name in CASES]
 else:
@@ -132,7 +134,7 @@ else:
 def test_forms_equal_the_plain_one(case, dtype):
     size, gates, documents, power, chunk, states = (CASES | LARGE)[case]
     made = make(size, gates, dtype, documents, states)
-    options = {"power": power, "chunk_size": chunk}
+    options = {"power": power, "chunk_size": chunk, "sink": 5.0 if case in WITH_SINK else 0.0}
     if documents is not None:
         options["cu_seqlens"] = torch.tensor(documents, device=DEVICE, dtype=torch.int32)
     found = run(*made, dtype, implementation="triton", **options)
