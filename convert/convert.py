@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from safetensors import safe_open
 
 from brumby import __version__
 from brumby.model import BrumbyConfig
@@ -35,7 +36,7 @@ from .checkpoint import (
 from .errors import ConversionError
 from .families import Shapes, brumby_config, carried_tensors, is_redundant
 from .files import cast, save, share, workspace
-from .gates import check_gate_init, gate_tensors, norm_tensors
+from .gates import check_gate_init, gate_tensors, layer_sinks, norm_tensors
 from .heads import widen
 from .parity import PARITY_MODES, check_parity
 from .report import print_report
@@ -43,6 +44,7 @@ from .sources import CARRIED_FILES, open_source
 
 GATES_FILE = "model-gates.safetensors"
 REPORT_FILE = "conversion.json"
+SINK = 20.0  # docs/recovery.md
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
@@ -56,7 +58,7 @@ def convert(
     p: int = 2,
     add_qk_norm: bool = True,
     wide_heads: bool = False,
-    sink: float = 0.0,
+    sink: float | None = None,
     dtype: str | None = None,
     link: bool = True,
     revision: str | None = None,
@@ -82,7 +84,9 @@ def convert(
         p: the even power of the similarity.
         add_qk_norm: where the base has no QK norms, give them to retention; softmax goes without.
         wide_heads: double heads of 64 or less: with softmax the same function but for the queries' rounding.
-        sink: a weight beside those of the tokens, whose value is zero; the published format has none.
+        sink: a weight beside those of the tokens, whose value is zero, in units of what it is on average for
+            random keys that are normalised: the config has it times the size of each layer's norms. By default
+            20 where retention has QK norms and `p` is 2, else 0, as published.
         dtype: cast the floating point tensors to float32, bfloat16 or float16; by default they keep theirs.
         link: hard-link shards that do not change, where the file system can. The base and the new checkpoint
             then share those files: what writes into one writes into both. `False` copies them.
@@ -117,7 +121,7 @@ def convert(
         if add_qk_norm and not plan.config.qk_norm:
             plan.config.qk_norm = "retention"
             plan.notes.append("retention has QK norms, which the base has not: use_exp leaves them out")
-        plan.config.sink = float(sink)
+        plan.config.sink = sinks(plan, sink)
 
         target = work / "target"
         # What was unpacked or widened is in the workspace, where nobody else has it: it can always be linked.
@@ -164,11 +168,11 @@ def convert(
 
 
 def check_options(
-    gate_init: str, gate_bias: bool, sink: float, dtype: str | None, parity: str, device: str
+    gate_init: str, gate_bias: bool, sink: float | None, dtype: str | None, parity: str, device: str
 ) -> torch.dtype | None:
     """Raise ConversionError for an option that cannot be; otherwise the dtype of that name."""
     check_gate_init(gate_init, gate_bias)
-    if not 0 <= sink < math.inf:
+    if sink is not None and not 0 <= sink < math.inf:
         raise ConversionError(f"sink is {sink}; expected a finite number, 0 or more")
     dtypes = {dtype_name(known): known for known in DTYPES.values()}
     if dtype is not None and dtype not in dtypes:
@@ -224,6 +228,32 @@ def make_plan(folder: Path, cast_to: torch.dtype | None, *, gate_bias: bool, p: 
     if cast_to is None and len(dtypes) > 1:
         notes.append(f"the tensors have several dtypes, {' and '.join(dtypes)}; carried as found")
     return Plan(raw["model_type"], config, base, carried, dtype, cast_to, notes)
+
+
+def sinks(plan: Plan, sink: float | None) -> float | list[float]:
+    """The config's `sink` for `convert`'s.
+
+    Raises:
+        ConversionError: a sink for retention without QK norms.
+    """
+    config = plan.config
+    if sink is None:
+        sink = SINK if config.qk_norm and config.p == 2 else 0.0
+    if sink and not config.qk_norm:
+        raise ConversionError(
+            f"sink is {sink}, but retention has no QK norms here, without which weights may have any size; "
+            "use sink=0 or add_qk_norm=true"
+        )
+    if not sink or config.qk_norm == "retention":  # new norms are ones
+        return float(sink)
+    layers = range(config.num_hidden_layers)
+    q, k = ([read(plan.base, f"model.layers.{i}.self_attn.{x}_norm.weight") for i in layers] for x in "qk")
+    return layer_sinks(sink, zip(q, k, strict=True), config.p)
+
+
+def read(base: Checkpoint, name: str) -> torch.Tensor:
+    with safe_open(base.path(base.tensors[name].shard), "pt") as file:
+        return file.get_tensor(name)
 
 
 def carry_shards(plan: Plan, target: Path, *, link: bool, verbose: bool) -> list[dict[str, Any]]:

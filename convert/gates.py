@@ -1,4 +1,4 @@
-"""Where the new parameters start: one gate projection a layer, and new QK norms, where they are wanted, at one.
+"""Where the new parameters start: a gate projection and a sink a layer, and new QK norms, where wanted, at one.
 
 A gate is g = sigmoid(g_proj(x)), one a token and key-value head; a head that holds g forgets with a half-life
 of log(1/2) / log(g) tokens. With zero weights the bias alone decides, and the gate does not depend on the
@@ -6,7 +6,7 @@ input.
 Shapes: H key-value heads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,3 +89,15 @@ def norm_tensors(config: BrumbyConfig, *, dtype: torch.dtype) -> dict[str, Tenso
         for i in range(config.num_hidden_layers)
         for name in names
     }
+
+
+def layer_sinks(sink: float, norms: Iterable[tuple[Tensor, Tensor]], p: int) -> list[float]:
+    """A sink for each layer that stands to the tokens' weights as `sink` does where all norms' weights are one.
+
+    There (q . k)^2 / K is one on average, if what is normalised has independent components; with weights of the
+    norms a and b it is the mean of (a b)^2.
+
+    Args:
+        norms: a layer's weights [K] of q_norm and k_norm.
+    """
+    return [sink * (q.double() * k.double()).square().mean().item() ** (p / 2) for q, k in norms]

@@ -24,11 +24,12 @@ class BrumbyConfig(Qwen3Config):
             "retention": the base does not, and with `use_exp` nor does this model.
         qkv_bias: Biases on the q, k and v projections. `None` means `attention_bias` (Qwen2: yes).
         gate_bias: A bias on the gate projection. `None` means `attention_bias`.
-        sink: A weight beside those of the tokens, whose value is zero; 0: there is none.
+        sink: A weight beside those of the tokens, whose value is zero, or one a layer; 0: there is none.
 
     Raises:
-        ValueError: `p` is odd or below 2, `qk_norm` is another word, `sink` or a chunk size is out of range, a
-            sliding window is set, or the query heads cannot be divided among the key-value heads.
+        ValueError: `p` is odd or below 2, `qk_norm` is another word, a sink or a chunk size is out of range or
+            sinks are not as many as layers, a sliding window is set, or the query heads cannot be divided among
+            the key-value heads.
     """
 
     model_type = "brumby"
@@ -41,7 +42,7 @@ class BrumbyConfig(Qwen3Config):
     qk_norm: bool | str = True
     qkv_bias: bool | None = None
     gate_bias: bool | None = None
-    sink: float = 0.0
+    sink: float | list[float] = 0.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -53,8 +54,10 @@ class BrumbyConfig(Qwen3Config):
             raise ValueError(f"p is {self.p}; power retention needs an even power of at least 2")
         if self.qk_norm not in (True, False, "retention"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}; expected true, false or retention")
-        if not 0 <= self.sink < math.inf:
-            raise ValueError(f"sink is {self.sink}; expected a finite number, 0 or more")
+        if isinstance(self.sink, list) and len(self.sink) != self.num_hidden_layers:
+            raise ValueError(f"sink has {len(self.sink)} numbers for {self.num_hidden_layers} layers")
+        if not all(0 <= self.sink_of(layer) < math.inf for layer in range(self.num_hidden_layers)):
+            raise ValueError(f"sink is {self.sink}; expected finite numbers, 0 or more")
         for name in ("chunk_size", "switch_over_seq_len", "prefill_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -65,6 +68,9 @@ class BrumbyConfig(Qwen3Config):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+
+    def sink_of(self, layer: int) -> float:
+        return self.sink[layer] if isinstance(self.sink, list) else self.sink
 
     @property
     def normalises_qk(self) -> bool:

@@ -113,8 +113,8 @@ class BrumbyCache(Cache):
     """The recurrent states and buffers of all layers, for `generate` and for decoding by hand."""
 
     def __init__(self, config: BrumbyConfig) -> None:
-        options = config.p, min(config.chunk_size, MAX_BUFFERED), config.sink
-        super().__init__(layers=[RetentionCacheLayer(*options) for _ in range(config.num_hidden_layers)])
+        chunk_size, layers = min(config.chunk_size, MAX_BUFFERED), range(config.num_hidden_layers)
+        super().__init__(layers=[RetentionCacheLayer(config.p, chunk_size, config.sink_of(i)) for i in layers])
 
 
 def softmax_attention(
@@ -159,6 +159,7 @@ class BrumbyAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.sink = config.sink_of(layer_idx)
         hidden, K = config.hidden_size, config.head_dim
         HQ, H = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         qkv_bias, gate_bias = bool(config.qkv_bias), bool(config.gate_bias)
@@ -213,7 +214,7 @@ class BrumbyAttention(nn.Module):
                 power=self.config.p,
                 chunk_size=self.chunk_size(T),
                 cu_seqlens=cu_seqlens,
-                sink=self.config.sink,
+                sink=self.sink,
             )  # fmt: skip
         layer = cache.layers[self.layer_idx]
         if T == 1 and layer.is_initialized and not q.requires_grad:  # decoding has no gradient
@@ -224,7 +225,7 @@ class BrumbyAttention(nn.Module):
             chunk_size=self.chunk_size(T),
             initial_state=layer.fold(),
             return_final_state=True,
-            sink=self.config.sink,
+            sink=self.sink,
         )  # fmt: skip
         layer.update(state, T)
         return y

@@ -457,6 +457,7 @@ def test_made_bases_are_the_same_function(kind: str, change: dict, tmp_path: Pat
 
 def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     _, teacher = pair(qk_norm=False)
+    teacher.config.sink = 20.0
     teacher.save_pretrained(tmp_path / "base")
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", rng.integers(97, size=33 * 64).astype(np.uint16))
@@ -470,7 +471,9 @@ def test_norms_are_learnt_from_the_base_without(tmp_path: Path, capsys) -> None:
     assert after < before / 2
     model = BrumbyForCausalLM.from_pretrained(tmp_path / "norms", use_exp=True)
     assert model.config.qk_norm
-    assert all((layer.self_attn.q_norm.weight != 1).any() for layer in model.model.layers)
+    norms = [(layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight) for layer in model.model.layers]
+    assert all((q != 1).any() for q, _ in norms)
+    assert model.config.sink == pytest.approx([20 * (q * k).square().mean().item() for q, k in norms], rel=1e-5)
     run = recovery.Run(tmp_path / "norms", tmp_path / "train.npy", tmp_path / "held.npz", "cpu", False, 2**20, 32)
     excess = run.base_loss["all"] - recovery.means(run.losses_by_source(teacher, run.held_out))["all"]
     assert excess == pytest.approx(after, abs=1e-3)

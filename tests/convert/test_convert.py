@@ -68,11 +68,43 @@ def test_wide_heads_are_the_same_function(kind, sharded, make_base, tmp_path):
     assert all(new[1::2].std().item() == pytest.approx(spread, rel=0.2) for new in (queries, values))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "sink"),
+    [("smollm2", {}, 20.0), ("smollm2", {"add_qk_norm": False}, 0.0), ("qwen3", {"sink": 0.0}, 0.0)],
+)
+def test_a_sink_where_norms_give_weights_their_size(kind, options, sink, make_base, tmp_path):
+    convert(make_base(kind), tmp_path / "out", verbose=False, **options)
+    assert AutoConfig.from_pretrained(tmp_path / "out").sink == sink
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_a_sink_is_as_large_as_the_layers_norms_make_weights(p, make_base, tmp_path):
+    base, logits = make_base("qwen3", sharded=False), []
+    tensors = load_file(base / "model.safetensors")
+    input_ids = torch.tensor([AutoTokenizer.from_pretrained(base)(CODE)["input_ids"]])
+    for factor in (1.0, 3.0):  # retention does not see the size of weights, only the sink beside them
+        scaled = {
+            name: t * factor if "layers.1" in name and "k_norm" in name else t for name, t in tensors.items()
+        }
+        save_file(scaled, base / "model.safetensors", metadata={"format": "pt"})
+        out = tmp_path / str(factor)
+        convert(base, out, p=p, sink=None if p == 2 else 20.0, link=False, verbose=False)
+        model = AutoModelForCausalLM.from_pretrained(out)
+        with torch.no_grad():
+            logits.append(model(input_ids).logits)
+        q, k = (load_all(out)[f"model.layers.0.self_attn.{x}_norm.weight"] for x in "qk")
+        assert model.config.sink[0] == pytest.approx(20 * (q * k).square().mean().item() ** (p / 2))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    without = AutoModelForCausalLM.from_pretrained(out, sink=0.0)
+    with torch.no_grad():
+        assert (without(input_ids).logits - logits[0]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama3", "smollm2"])
 def test_norms_that_the_base_has_not_are_retentions_alone(kind, make_base, tmp_path):
     base = make_base(kind)
     with_norms, without = (tmp_path / name for name in ("with", "without"))
-    report = convert(base, with_norms, verbose=False)
+    report = convert(base, with_norms, sink=0.0, verbose=False)
     assert "QK norms" in report["notes"][0]
     convert(base, without, add_qk_norm=False, verbose=False)
     new = load_all(with_norms).keys() - load_all(without).keys()

@@ -108,6 +108,8 @@ def test_broken_sources(name, make_base, tmp_path):
         ({"device": "quantum"}, "cannot be used"),
         ({"p": 3}, "even power"),
         ({"wide_heads": True}, "QK norms"),
+        ({"sink": -1.0}, "sink is -1.0"),
+        ({"sink": float("inf")}, "sink is inf"),
     ],
     ids=str,
 )
@@ -115,6 +117,13 @@ def test_refused_options(options, message, make_base, tmp_path):
     base = make_base("qwen3")
     with pytest.raises(ConversionError, match=message):
         convert(base, tmp_path / "out", verbose=False, **options)
+    assert list(tmp_path.iterdir()) == [base]
+
+
+def test_a_sink_needs_norms(make_base, tmp_path):
+    base = make_base("llama3")
+    with pytest.raises(ConversionError, match="no QK norms"):
+        convert(base, tmp_path / "out", sink=20.0, add_qk_norm=False, verbose=False)
     assert list(tmp_path.iterdir()) == [base]
 
 

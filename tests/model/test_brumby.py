@@ -122,7 +122,7 @@ def in_pieces(model, x: torch.Tensor, lengths: list[int], cache=None) -> tuple[t
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_decoding_before_and_after_folds_equals_the_full_forward(chunk_size):
     """Single tokens across two folds of the buffer of 4, and longer pieces that find it half full."""
-    model = make(chunk_size=chunk_size).double()
+    model = make(chunk_size=chunk_size, sink=[0.3, 0.0, 5.0]).double()
     x = ids(2, 30)
     with torch.no_grad():
         full = model(x, use_cache=False).logits
@@ -185,7 +185,7 @@ def test_decoding_in_triton(monkeypatch):
     triton_decode = pytest.importorskip("brumby.kernels.decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setitem(DECODERS, device, Decoder(triton_decode.step, triton_decode.fold))
-    model = make(chunk_size=4, num_hidden_layers=1).to(device)
+    model = make(chunk_size=4, num_hidden_layers=1, sink=0.3).to(device)
     x = ids(2, 11).to(device)
     full = model.double()(x, use_cache=False).logits
     logits, _ = in_pieces(model.float(), x, [3, *[1] * 5, 2, 1])
@@ -195,8 +195,8 @@ def test_decoding_in_triton(monkeypatch):
 def test_long_sequences_run_in_chunks_and_agree():
     x = ids(1, 50)
     with torch.no_grad():
-        short = make().double()(x).logits
-        chunked = make(switch_over_seq_len=16, prefill_chunk_size=8).double()(x).logits
+        short = make(sink=0.3).double()(x).logits
+        chunked = make(sink=0.3, switch_over_seq_len=16, prefill_chunk_size=8).double()(x).logits
     assert (short - chunked).abs().max() < 1e-9
 
 
@@ -324,6 +324,9 @@ def test_gate_bias_and_qkv_bias_follow_attention_bias_unless_set():
     [
         ({"p": 3}, "even power"),
         ({"qk_norm": "softmax"}, "qk_norm is 'softmax'"),
+        ({"sink": -1.0}, "sink is -1.0"),
+        ({"sink": [1.0, float("inf"), 0.0]}, "finite"),
+        ({"sink": [1.0, 2.0]}, "2 numbers for 3 layers"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding window"),
         ({"num_key_value_heads": 4}, "multiple"),
