@@ -426,17 +426,18 @@ class Results:
 
 CURVES = {  # models and recipes whose last rows make a line, by what they are
     "the published way": (MODEL, ("seed-5m", "seed-15m", "seed-40m")),
-    "this project, without QK norms": (
-        MODEL,
-        ("pieces4-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m"),
-    ),
-    "this project": (
+    "stages, Muon": (MODEL, ("pieces4-5m", "distance-muon-klmuon2-ce-15m", "distance-muon-klmuon4-ce-40m")),
+    "and QK norms": (
         "SmolLM2-135M-new-QK-norm",
         ("distance-muon-klmuon1-ce-5m", "distance-muon-klmuon2-ce-15m"),
     ),
-    "the same, heads of 128": (
+    "and heads of 128": (
         "SmolLM2-135M-wide-heads-new-QK-norm",
         ("distance-muon-klmuon1-ce-5m", "slower-kl-embed-15m", "part-kl-embed-40m"),
+    ),
+    "and a sink": (
+        "SmolLM2-135M-wide-heads-new-QK-norm-sink20",
+        ("distance-muon-klmuon1-ce-5m", "slower-kl-embed-15m", "slower-kl-embed-40m"),
     ),
     "the softmax base, trained on": (MODEL, ("softmax-5m", "softmax-15m", "softmax-40m")),
 }
@@ -452,7 +453,9 @@ def plot(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for color, (label, (model, recipes)) in enumerate(CURVES.items()):
-        ours = [row for row in rows if row["model"] == model and row["recipe"] in recipes and row["seed"] == 0]
+        ours = [row for row in rows if row["model"] == model and row["recipe"] in recipes]
+        seeds = {recipe: min(row["seed"] for row in ours if row["recipe"] == recipe) for recipe in recipes}
+        ours = [row for row in ours if row["seed"] == seeds[row["recipe"]]]
         # Not what stands before the first step, nor a teacher that learns the text before it teaches.
         mine = [row for row in ours if row["tokens"] and (row["excess_nats"] > 0 or "softmax" in row["recipe"])]
         for recipe in recipes:

@@ -154,6 +154,7 @@ def convert(
             "family": plan.model_type,
             "dtype": dtype_name(plan.dtype),
             "gates": {"init": gate_init, "bias": gate_bias, "seed": seed},
+            "sink": plan.config.sink,
             "parameters": {"total": num_carried + num_new, "carried": num_carried, "new": num_new},
             "files": files,
             "parity": comparison,

@@ -11,12 +11,14 @@ from rich.table import Table
 def print_report(report: dict[str, Any], out: Path, console: Console | None = None) -> None:
     """A table of what was made and how it compares with the base."""
     parameters, parity, logits = report["parameters"], report["parity"], report["parity"]["logits"]
+    sinks = report["sink"] if isinstance(report["sink"], list) else [report["sink"]]
     hows = Counter(file["how"] for file in report["files"])
     rows = {
         "source": f"{report['source']} ({report['family']})",
         "parameters": "{total:,} = {carried:,} carried + {new:,} new".format(**parameters),
         "dtype": report["dtype"],
         "gates": f"{report['gates']['init']}, {'with' if report['gates']['bias'] else 'without'} bias",
+        "sink": " to ".join(f"{sink:.3g}" for sink in sorted({min(sinks), max(sinks)})),
         "files": ", ".join(f"{count} {how}" for how, count in hows.items())
         + f"; {sum(file['bytes'] for file in report['files']) / 1e9:.2f} GB",
         "tensors": ", ".join(
