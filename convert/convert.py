@@ -173,8 +173,8 @@ def check_options(
 ) -> torch.dtype | None:
     """Raise ConversionError for an option that cannot be; otherwise the dtype of that name."""
     check_gate_init(gate_init, gate_bias)
-    if sink is not None and not 0 <= sink < math.inf:
-        raise ConversionError(f"sink is {sink}; expected a finite number, 0 or more")
+    if sink is not None and (type(sink) not in (int, float) or not 0 <= sink < math.inf):
+        raise ConversionError(f"sink is {sink!r}; expected a finite number, 0 or more")
     dtypes = {dtype_name(known): known for known in DTYPES.values()}
     if dtype is not None and dtype not in dtypes:
         raise ConversionError(

@@ -110,6 +110,7 @@ def test_broken_sources(name, make_base, tmp_path):
         ({"wide_heads": True}, "QK norms"),
         ({"sink": -1.0}, "sink is -1.0"),
         ({"sink": float("inf")}, "sink is inf"),
+        ({"sink": "fast"}, "sink is 'fast'"),
     ],
     ids=str,
 )
