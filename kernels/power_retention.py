@@ -10,10 +10,10 @@ same sums are a linear recurrence over a state of fixed size:
     y_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + sink + EPS)
 
 Three forms of one function: "recurrent" (token by token), "attention" (quadratic in T) and "chunk" (attention
-inside a chunk, states across). The sink is a weight whose value is zero: with it a query of
-which no key is much answers little, as a softmax head does that looks at the first token (arXiv 2309.17453). The
-normaliser is the retention of a value that is always one: v carries a
-last column of ones, S carries z as its last column, and one product yields numerator and denominator.
+inside a chunk, states across). The normaliser is the retention of a value that is always one: v carries a last
+column of ones, S carries z as its last column, and one product yields numerator and denominator. The sink is a
+weight whose value is zero: with it a query that no key suits answers little, as a softmax head does by looking at
+the first token (arXiv 2309.17453).
 
 This file imports nothing but PyTorch, so that it can be shipped beside an exported model.
 
