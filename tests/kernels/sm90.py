@@ -130,7 +130,7 @@ def compile_case(K: int, V: int, dtype: torch.dtype, fast: bool) -> Kernels:
     state = RetentionState(torch.zeros(1, 2, K * (K + 1) // 2, V), torch.zeros(1, 2, K * (K + 1) // 2))
     buffer = RetentionBuffer.empty(k[:, 0], v[:, 0], 64)
     decode._on_hopper = lambda *_: fast and K == 128
-    decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0)
+    decode.step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], state, buffer, 2, 1.0, 1e-20)
     buffer.num_tokens = 64
     decode.fold(state, buffer, 2)
     return compiled
